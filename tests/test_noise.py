@@ -77,7 +77,6 @@ def test_uniform_statistics():
     drawn = uniforms(0, Purpose.SAMPLING, torch.arange(2000), count=100).flatten().numpy()
     assert drawn.dtype == np.float32
     assert stats.kstest(drawn, "uniform").pvalue > 1e-3
-    assert 0 < drawn.min() and drawn.max() < 1
 
 
 def test_normal_statistics():

@@ -1,0 +1,90 @@
+"""utils/npz.py: shards become one .npz that numpy reads, in constant memory, atomically."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from utils.npz import assemble, atomic_file, finished_shards, missing_ranges, read_image, write_shard
+
+SIZE = 8
+IMAGES = np.random.RandomState(0).randint(0, 256, (10, SIZE, SIZE, 3), np.uint8)
+LABELS = np.arange(10) % 3
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for start, stop in [(7, 10), (0, 3), (3, 7)]:
+        write_shard(tmp_path, start, IMAGES[start:stop])
+    return tmp_path
+
+
+def test_images_come_out_in_index_order(shards):
+    finished = finished_shards(shards, SIZE)
+    assert list(finished) == [(0, 3), (3, 7), (7, 10)]
+    assemble(shards / "samples.npz", finished, LABELS, SIZE)
+    with np.load(shards / "samples.npz", allow_pickle=False) as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+        assert archive["arr_0"].dtype == np.uint8
+        assert (archive["arr_0"] == IMAGES).all()
+        assert (archive["arr_1"] == LABELS).all()
+    assert (read_image(finished, 8) == IMAGES[8]).all()
+    assert not list(shards.glob(".*"))
+
+
+def test_the_bytes_do_not_depend_on_how_the_shards_were_cut(shards, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    write_shard(other, 0, IMAGES[:6])
+    write_shard(other, 4, IMAGES[4:])  # overlaps
+    for folder in (shards, other):
+        assemble(folder / "samples.npz", finished_shards(folder, SIZE), LABELS, SIZE)
+    assert (shards / "samples.npz").read_bytes() == (other / "samples.npz").read_bytes()
+
+
+def test_missing_ranges():
+    assert missing_ranges([], 5) == [(0, 5)]
+    assert missing_ranges([(2, 4), (7, 9)], 10) == [(0, 2), (4, 7), (9, 10)]
+    assert missing_ranges([(0, 10)], 10) == []
+    assert missing_ranges([(0, 6), (4, 10)], 10) == []
+
+
+def test_damaged_shards_are_not_counted(shards):
+    short = shards / "00000003-00000007.npy"
+    short.write_bytes(short.read_bytes()[:-1])
+    (shards / "00000007-00000010.npy").write_bytes(b"")
+    assert list(finished_shards(shards, SIZE)) == [(0, 3)]
+    assert finished_shards(shards, 2 * SIZE) == {}
+    with pytest.raises(ValueError, match="images 3 to 9"):
+        assemble(shards / "samples.npz", finished_shards(shards, SIZE), LABELS, SIZE)
+    assert not (shards / "samples.npz").exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="disk full"), atomic_file(path) as file:
+        file.write(b"half")
+        raise OSError("disk full")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from utils.npz import assemble, finished_shards, write_shard
+folder, size, per_shard, count = Path(sys.argv[1]), 256, 64, 8
+for shard in range(count):
+    write_shard(folder, shard * per_shard, np.full((per_shard, size, size, 3), shard, np.uint8))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assemble(folder / "samples.npz", finished_shards(folder, size), np.zeros(count * per_shard, int), size)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """100 MB of images, of which one shard's 12.6 MB were in memory before: assembling adds a copy buffer."""
+    result = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 16_000  # kB
