@@ -1,0 +1,146 @@
+"""The per-token diffusion head: an adaLN MLP that predicts the velocity of one token from its condition.
+
+Letters: N rows (tokens) · C latent channels · D condition width · W head width · M diffusion batch multiplier.
+Parameter names of the released checkpoints.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.flow import guide, integrate, interpolate, time_grid
+
+TIME_FREQUENCIES = 256
+
+
+def sinusoid(t: Tensor) -> Tensor:
+    """[cos, sin] features (..., 256) of times t (...), of 1000·t with periods up to 10,000, float32."""
+    half = TIME_FREQUENCIES // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = 1000 * t.float().unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(sinusoid(t))
+
+
+class ResBlock(nn.Module):
+    """x += gate · SwiGLU(LayerNorm(x)·(1 + scale) + shift)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = int(1.5 * width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.w1 = nn.Linear(width, 2 * hidden)
+        self.w2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
+        h1, h2 = self.w1(self.norm(x) * (1 + scale) + shift).chunk(2, dim=-1)
+        return x + gate * self.w2(F.silu(h1) * h2)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, out_channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.ada_ln_modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, out_channels)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        scale, shift = self.ada_ln_modulation(y).chunk(2, dim=-1)
+        return self.linear(self.norm(x) * (1 + scale) + shift)
+
+
+class VelocityMLP(nn.Module):
+    """The network: velocity (N, C) at x (N, C), given the sum of time and condition embeddings (N, W)."""
+
+    def __init__(self, latent_dim: int, condition_width: int, width: int, num_blocks: int, adaln_sets: int):
+        super().__init__()
+        self.blocks_per_set = num_blocks // adaln_sets
+        self.time_embed = TimeEmbedding(width)
+        self.cond_embed = nn.Linear(condition_width, width)
+        self.input_proj = nn.Linear(latent_dim, width)
+        self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(num_blocks))
+        self.ada_ln_blocks = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(adaln_sets))
+        self.final_layer = FinalLayer(width, latent_dim)
+        self.apply(self._init)
+        for linear in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        for linear in (*self.ada_ln_blocks, self.final_layer.ada_ln_modulation, self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        y = F.silu(embedding)  # (N, W)
+        x = self.input_proj(x)
+        for j, ada_ln in enumerate(self.ada_ln_blocks):
+            scale, shift, gate = ada_ln(y).chunk(3, dim=-1)  # one set serves consecutive blocks
+            for block in self.res_blocks[j * self.blocks_per_set : (j + 1) * self.blocks_per_set]:
+                x = block(x, scale, shift, gate)
+        return self.final_layer(x, y)
+
+
+class DiffusionHead(nn.Module):
+    """p(token | condition), as a flow from noise to the token."""
+
+    def __init__(self, latent_dim: int, condition_width: int, width: int, num_blocks: int, adaln_sets: int):
+        super().__init__()
+        self.net = VelocityMLP(latent_dim, condition_width, width, num_blocks, adaln_sets)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Velocity at x (N, C), times t (N,), condition (N, D)."""
+        return self.net(x, self.net.time_embed(t) + self.net.cond_embed(condition))
+
+    def loss(self, target: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Flow-matching loss, float32 scalar: mean ‖velocity(x_t) − (target − noise)‖² over all elements.
+
+        target: (B, P, C); condition: (B, P, D); t: (M, B, P); noise: (M, B, P, C): every token is used M times, its
+        condition embedded once.
+        """
+        target, noise, t = target.float(), noise.float(), t.float()
+        x_t = interpolate(noise, target, t.unsqueeze(-1))
+        embedding = self.net.time_embed(t) + self.net.cond_embed(condition)  # (M, B, P, W)
+        return F.mse_loss(self.net(x_t, embedding).float(), target - noise)
+
+    def sample(
+        self,
+        condition: Tensor,
+        noise: Tensor,
+        scale: float | Tensor | None = None,
+        last_step_size: float = 0.04,
+        sampler: str = "sde",
+    ) -> Tensor:
+        """Unprojected tokens (N, C) from noise (steps + 1, N, C).
+
+        condition: (N, D); with guidance (`scale` given) (2N, D), the null rows behind the class rows: both see the
+        same x.
+        """
+        times, _ = time_grid(len(noise) - 1, last_step_size)
+        time_embedding = self.net.time_embed(torch.tensor(times, device=noise.device))  # (steps + 1, W)
+        return integrate(self._velocity_at(time_embedding, condition, scale), noise, last_step_size, sampler)
+
+    def _velocity_at(self, time_embedding: Tensor, condition: Tensor, scale) -> Callable[[Tensor, int], Tensor]:
+        condition_embedding = self.net.cond_embed(condition)
+
+        def unguided(x: Tensor, k: int) -> Tensor:
+            return self.net(x, time_embedding[k] + condition_embedding)
+
+        def guided(x: Tensor, k: int) -> Tensor:
+            return guide(*unguided(torch.cat([x, x]), k).chunk(2), scale)
+
+        return unguided if scale is None else guided

@@ -1,0 +1,138 @@
+"""Checkpoints as models: names, configs, and the published files, which carry no config.
+
+A checkpoint is a dict with `model` (and perhaps `ema`): state dicts under the released names, `vae.*` for the S-VAE.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from models.spherear import PRESETS, SphereAR, SphereARConfig
+from models.svae import SVAE, SVAEConfig
+
+Config = SVAEConfig | SphereARConfig
+
+
+def config_to_dict(config: Config) -> dict:
+    """Plain dict of a config, as it travels inside a checkpoint."""
+    return asdict(config)
+
+
+def config_from_dict(values: dict) -> Config:
+    """The config that `config_to_dict` wrote. Raises ValueError for unknown or missing fields."""
+    values = dict(values)
+    try:
+        svae = values.pop("svae", None)
+        if svae is None:
+            return SVAEConfig(**{**values, "stem_channels": tuple(values["stem_channels"])})
+        return SphereARConfig(svae=config_from_dict(svae), **values)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a SphereAR or S-VAE config: {error}") from error
+
+
+def build(config: Config) -> SphereAR | SVAE:
+    """The model of a config, freshly initialised."""
+    return SVAE(config) if isinstance(config, SVAEConfig) else SphereAR(config)
+
+
+def checkpoint_state(model: SphereAR | SVAE) -> dict[str, Tensor]:
+    """The model's state dict under the released names (an S-VAE's carry the prefix `vae.`)."""
+    state = model.state_dict()
+    return {f"vae.{name}": value for name, value in state.items()} if isinstance(model, SVAE) else state
+
+
+def load_state(model: SphereAR | SVAE, state: dict[str, Tensor], assign: bool = False) -> None:
+    """Load a state dict of released names, strictly; `assign` takes its tensors instead of copying them."""
+    if isinstance(model, SVAE):
+        state = {name.removeprefix("vae."): value for name, value in state.items() if name.startswith("vae.")}
+    model.load_state_dict(state, strict=True, assign=assign)
+
+
+def infer_config(state: dict[str, Tensor]) -> Config:
+    """The config of a state dict of released names, from its shapes: a preset, or one with 64-wide attention heads."""
+    try:
+        svae = _infer_svae(state)
+        if "cls_embedding.weight" not in state:
+            return svae
+        rows, class_width = state["cls_embedding.weight"].shape
+        width = len(state["norm.weight"])
+        head_width, _ = state["head.net.input_proj.weight"].shape
+        config = SphereARConfig(
+            num_layers=_count(state, "layers."),
+            num_heads=width // 64,
+            width=width,
+            head_blocks=_count(state, "head.net.res_blocks."),
+            head_width=head_width,
+            head_adaln_sets=_count(state, "head.net.ada_ln_blocks."),
+            svae=svae,
+            num_classes=rows - 1,
+            num_class_tokens=class_width // width,
+        )
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"the weights are not SphereAR's or an S-VAE's: {error}") from error
+    return config
+
+
+def _infer_svae(state: dict[str, Tensor]) -> SVAEConfig:
+    prefix = "vae.encoder.patchify.0.net."
+    stem = [len(state["vae.encoder.conv_in.weight"])]
+    stem += [len(state[f"{prefix}{i}.shortcut.weight"]) for i in range(_count(state, prefix))]
+    positions, half_head, _ = state["vae.encoder.freqs_cis"].shape
+    registers, width = state["vae.encoder.register_token.weight"].shape
+    grid = round((positions - registers) ** 0.5)
+    patch_size = 2 ** (len(stem) - 1)
+    return SVAEConfig(
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        latent_dim=state["vae.post_quant_proj.weight"].shape[1],
+        width=width,
+        num_heads=width // (2 * half_head),
+        encoder_layers=_count(state, "vae.encoder.layers."),
+        decoder_layers=_count(state, "vae.decoder.layers."),
+        num_registers=registers,
+        stem_channels=tuple(stem),
+    )
+
+
+def _count(state: dict[str, Tensor], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """The dict in a checkpoint file, read without executing any code in it.
+
+    Raises ValueError naming the file when it is missing, unreadable, or holds anything but tensors and plain values.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch raises many kinds for damaged or hostile files; none of them ran the file's code
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint (damaged, or not only weights): {reason}") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise ValueError(f"{path}: not a SphereAR checkpoint: no state dict under 'model'")
+    return checkpoint
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", ema: bool = True) -> SphereAR | SVAE:
+    """The model in a checkpoint, in eval mode, with its `config`; EMA weights if there are any and `ema` is set.
+
+    Our files carry their config; published ones are recognised from their shapes. Raises ValueError naming the file.
+    """
+    checkpoint = read_checkpoint(path)
+    state = (checkpoint.get("ema") if ema else None) or checkpoint["model"]
+    state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+    try:
+        config = config_from_dict(checkpoint["config"]) if "config" in checkpoint else infer_config(state)
+        with torch.device("meta"):
+            model = build(config)
+        load_state(model, state, assign=True)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model.to(device).eval().requires_grad_(False)
