@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from models.spherear import PRESETS, SphereAR, SphereARConfig
+from models.spherear import SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig
 
 Config = SVAEConfig | SphereARConfig

@@ -26,16 +26,16 @@ def project_to_sphere(z: Tensor, radius: float) -> Tensor:
 class HypersphericalUniform(Distribution):
     """The uniform law on S^{dim-1}."""
 
-    arg_constraints = {}  # noqa: RUF012
+    arg_constraints = {}
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, dim: int, batch_shape: torch.Size = torch.Size(), device: torch.device | str | None = None):
+    def __init__(self, dim: int, batch_shape: tuple[int, ...] = (), device: torch.device | str | None = None):
         self.dim, self.device = dim, device
-        super().__init__(batch_shape, torch.Size([dim]), validate_args=False)
+        super().__init__(torch.Size(batch_shape), torch.Size([dim]), validate_args=False)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        return F.normalize(torch.randn(self._extended_shape(sample_shape), device=self.device), dim=-1)
+    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        return F.normalize(torch.randn(self._extended_shape(torch.Size(sample_shape)), device=self.device), dim=-1)
 
     def entropy(self) -> Tensor:
         """log of the sphere's area."""
@@ -101,10 +101,10 @@ class PowerSpherical(Distribution):
         expected_log = math.log(2) + torch.digamma(a) - torch.digamma(a + b)
         return -(self._log_normaliser() + self.kappa * expected_log).to(self.kappa.dtype)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         """Unit vectors of shape sample_shape + mu.shape, from torch's global generator."""
         a, b = self._beta_parameters
-        beta = Beta(a, torch.full_like(a, b), validate_args=False).rsample(sample_shape)
+        beta = Beta(a, torch.full_like(a, b), validate_args=False).rsample(torch.Size(sample_shape))
         tangent = torch.randn(*beta.shape, self.dim - 1, dtype=beta.dtype, device=beta.device)
         return self.place(beta, tangent)
 

@@ -6,7 +6,7 @@ Parameter names of the released checkpoints.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -32,7 +32,7 @@ class SphereARConfig:
     head_blocks: int
     head_width: int
     head_adaln_sets: int
-    svae: SVAEConfig = SVAEConfig()
+    svae: SVAEConfig = field(default_factory=SVAEConfig)
     num_classes: int = 1000
     num_class_tokens: int = 16
     class_dropout_prob: float = 0.1
@@ -68,9 +68,12 @@ class SphereARConfig:
 # fmt: off
 PRESETS = {
     # published FID on ImageNet 256: B 1.92 (cfg 4.5), L 1.54 (4.6), H 1.34 (4.5)
-    "SphereAR-B": SphereARConfig(num_layers=24, num_heads=12, width=768, head_blocks=6, head_width=768, head_adaln_sets=2),
-    "SphereAR-L": SphereARConfig(num_layers=32, num_heads=16, width=1024, head_blocks=8, head_width=1024, head_adaln_sets=2),
-    "SphereAR-H": SphereARConfig(num_layers=40, num_heads=20, width=1280, head_blocks=12, head_width=1280, head_adaln_sets=3),
+    "SphereAR-B": SphereARConfig(
+        num_layers=24, num_heads=12, width=768, head_blocks=6, head_width=768, head_adaln_sets=2),
+    "SphereAR-L": SphereARConfig(
+        num_layers=32, num_heads=16, width=1024, head_blocks=8, head_width=1024, head_adaln_sets=2),
+    "SphereAR-H": SphereARConfig(
+        num_layers=40, num_heads=20, width=1280, head_blocks=12, head_width=1280, head_adaln_sets=3),
     # ours, for CPUs: the quickstart's digits
     "SphereAR-Nano": SphereARConfig(
         num_layers=6, num_heads=3, width=192, head_blocks=3, head_width=192, head_adaln_sets=1,
@@ -114,7 +117,7 @@ class SphereAR(nn.Module):
         return self.head.loss(tokens, self.condition(tokens, labels), t, noise)
 
     def condition(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Conditions (B, P, D) of all tokens (B, P, C) of classes labels (B,), each from the class and earlier tokens."""
+        """Conditions (B, P, D) of tokens (B, P, C) of classes labels (B,), each from its class and the tokens before."""
         x = torch.cat([self._class_tokens(labels), self.proj_in(tokens[:, :-1])], dim=1)
         x = self.emb_norm(x)  # (B, L, D)
         for layer in self.layers:
