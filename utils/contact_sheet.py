@@ -1,0 +1,48 @@
+"""A picture of pictures: one row per class, its name in front."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.npz import atomic_file
+
+MAX_ROWS, GAP = 10, 2
+
+
+def class_names(num_classes: int) -> list[str]:
+    """ImageNet's names for 1000 classes, plain numbers for any other count."""
+    if num_classes == 1000:
+        from torchvision.models import ResNet18_Weights  # here: importing torchvision.models takes a second
+
+        return ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    return [str(label) for label in range(num_classes)]
+
+
+def layout(labels: np.ndarray) -> dict[int, np.ndarray]:
+    """Which images stand in which row: class -> indices, at most ten classes, spread evenly over those present."""
+    present = np.unique(labels)
+    rows = present[np.linspace(0, len(present) - 1, min(MAX_ROWS, len(present))).round().astype(int)]
+    columns = 8 if len(rows) > 4 else 16
+    return {int(label): np.flatnonzero(labels == label)[:columns] for label in rows}
+
+
+def write_contact_sheet(path: Path, rows: dict[int, list[np.ndarray]], num_classes: int) -> None:
+    """PNG of rows of images (uint8, H W 3); small images are enlarged by whole factors. Written atomically."""
+    names = class_names(num_classes)
+    size = next(iter(rows.values()))[0].shape[0]
+    side = size * max(1, 64 // size)
+    font = ImageFont.load_default(max(12, side // 8))
+    captions = {label: f"{label} {names[label]}" if num_classes == 1000 else names[label] for label in rows}
+    margin = int(max(font.getlength(caption) for caption in captions.values())) + 12
+    columns = max(len(images) for images in rows.values())
+    sheet = Image.new("RGB", (margin + columns * (side + GAP), len(rows) * (side + GAP) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (label, images) in enumerate(rows.items()):
+        top = GAP + row * (side + GAP)
+        draw.text((6, top + side / 2), captions[label], fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images):
+            tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + column * (side + GAP), top))
+    with atomic_file(path) as file:
+        sheet.save(file, format="PNG")
