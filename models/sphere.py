@@ -26,7 +26,7 @@ def project_to_sphere(z: Tensor, radius: float) -> Tensor:
 class HypersphericalUniform(Distribution):
     """The uniform law on S^{dim-1}."""
 
-    arg_constraints = {}
+    arg_constraints = {}  # noqa: RUF012
     support = constraints.real_vector
     has_rsample = True
 

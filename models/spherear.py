@@ -117,7 +117,7 @@ class SphereAR(nn.Module):
         return self.head.loss(tokens, self.condition(tokens, labels), t, noise)
 
     def condition(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Conditions (B, P, D) of tokens (B, P, C) of classes labels (B,), each from its class and the tokens before."""
+        """Conditions (B, P, D) of tokens (B, P, C) of classes labels (B,), each from its class and earlier tokens."""
         x = torch.cat([self._class_tokens(labels), self.proj_in(tokens[:, :-1])], dim=1)
         x = self.emb_norm(x)  # (B, L, D)
         for layer in self.layers:
@@ -155,7 +155,8 @@ class SphereAR(nn.Module):
         else:
             rope = self.rope.index_select(0, index.view(1))
             embedding = self.pos_for_diff.weight.index_select(0, position.view(1) + 1)
-        x = self.emb_norm(self.proj_in(tokens).unsqueeze(1))  # (N, 1, D)
+        x = self.proj_in(tokens).to(embedding.dtype).unsqueeze(1)  # (N, 1, D), float32 under autocast as in training
+        x = self.emb_norm(x)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, cache=cache, layer=i, position=index)
         return self.norm(x[:, 0]) + embedding

@@ -124,8 +124,8 @@ def noise_in_asking_order(tag, steps):
 def generate_beside(model, golden_tokens, tag, **settings):
     """Real generation, except that what the transformer reads next is the golden token, not ours a rounding away.
 
-    Left alone, this toy model multiplies a rounding error by up to 2.6 per token: the golden guided tokens are 0.17 from
-    the same computation in float64, and runs with 1 and 2 threads differ by 0.02 in the last token.
+    Left alone, this toy model multiplies a rounding error by up to 2.6 per token: the golden guided tokens are 0.17
+    from the same computation in float64, and runs with 1 and 2 threads differ by 0.02 in the last token.
     """
     decode_step = model.decode_step
 
