@@ -1,0 +1,81 @@
+"""Bytes of a picture file -> pixels; what is not a plain 8-bit RGB or grey picture raises BadPicture.
+
+Pillow is the arbiter of what is bad: the fast decoder hands everything that is not an ordinary JPEG over to it, so
+both paths refuse the same pictures.
+"""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import decode_jpeg
+
+MAX_PIXELS = 100_000_000  # more is a damaged header or an attack; ImageNet's largest has 61 million
+MAX_ASPECT = 100  # longer side / shorter side; beyond it the resized picture would not fit in memory
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+
+
+class BadPicture(ValueError):
+    """The picture cannot be used; the text says why."""
+
+
+def decode_exact(data: bytes, name: str = "") -> Image.Image:
+    """The picture as a loaded Pillow image of mode RGB; `name` tells which format it promises to be.
+
+    Raises BadPicture: empty, corrupt, truncated, not 8-bit RGB or grey, another format than its name says, too large.
+    """
+    if not data:
+        raise BadPicture("empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        reason = _unwanted(image, data, name)
+        if reason is None:
+            image = image.convert("RGB")  # loads; no copy where it is RGB already
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
+        raise BadPicture(f"corrupt or truncated: {error}") from error
+    if reason is not None:
+        raise BadPicture(reason)
+    return image
+
+
+def decode_fast(data: bytes, name: str = "") -> torch.Tensor:
+    """The same pixels as a uint8 tensor (3 or 1, H, W), by libjpeg-turbo. Raises BadPicture as `decode_exact`."""
+    if _is_ordinary_jpeg(data):
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        except RuntimeError:
+            pass  # Pillow, below, says what is wrong with it
+    return torch.from_numpy(np.array(decode_exact(data, name))).permute(2, 0, 1)
+
+
+def _unwanted(image: Image.Image, data: bytes, name: str) -> str | None:
+    width, height = image.size
+    if (image.format == "PNG" and data[24] == 16) or image.mode.startswith("I;16"):
+        return f"16 bits per channel ({image.format} of mode {image.mode})"
+    if image.mode not in ("RGB", "L"):
+        return f"mode {image.mode} instead of RGB or grey"
+    if name.lower().endswith((".jpeg", ".jpg")) and image.format not in ("JPEG", "MPO"):
+        return f"{image.format} named as a JPEG"
+    if width * height > MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
+        return f"{width}x{height} pixels"
+    return None
+
+
+def _is_ordinary_jpeg(data: bytes) -> bool:
+    """Whether it starts and ends as a JPEG and its frame header promises 8-bit grey or colour of sane size."""
+    if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
+        return False
+    position = 2
+    while data[position : position + 1] == b"\xff" and position + 10 < len(data):
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            bits, channels = data[position + 4], data[position + 9]
+            height = int.from_bytes(data[position + 5 : position + 7], "big")
+            width = int.from_bytes(data[position + 7 : position + 9], "big")
+            shorter, longer = sorted((height, width))
+            return bits == 8 and channels in (1, 3) and width * height <= MAX_PIXELS and longer <= MAX_ASPECT * shorter
+        position += 2 + length
+    return False

@@ -1,0 +1,195 @@
+"""The pictures as a map-style data set: a tar of class tars (never unpacked), or a folder of class folders.
+
+`data[CropKey(epoch, index, p)]` is a training picture, the same whoever asks for it and when;
+`data[index]` is an evaluation picture: exact centre crop, no flip.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataset.decode import BadPicture, decode_exact, decode_fast
+from dataset.tar_index import PICTURE_SUFFIXES, load_index, member_name
+from dataset.transforms import center_window, crop_exact, crop_fast, draw, random_window
+
+MAX_REPLACEMENTS = 16  # bad pictures in a row
+
+
+class CropKey(NamedTuple):
+    """Address of one training picture: its crop and flip are a function of (seed, epoch, index)."""
+
+    epoch: int
+    index: int
+    crop_probability: float  # of a random crop instead of the centre crop
+
+
+class Sample(NamedTuple):
+    """One picture; torch's default_collate turns a list of them into one Sample of batches."""
+
+    image: torch.Tensor  # uint8 (3, S, S)    batch: (b, 3, S, S)
+    label: int  #                             batch: int64 (b,)
+    index: int  # place in the data set       batch: int64 (b,)
+    bad: str  # "" or "NAME: reason" of the picture that this one replaces; batch: list of str
+
+
+class TarSource:
+    """Pictures of a tar of class tars; reads are os.pread, which no other process can disturb."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.classes, self.ends, self.offsets, self.sizes = load_index(path)
+        self._open()
+
+    def _open(self) -> None:
+        self._fd = os.open(self.path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_fd"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def read(self, index: int) -> bytes:
+        size = int(self.sizes[index])
+        data = os.pread(self._fd, size, int(self.offsets[index]))
+        if len(data) != size:
+            raise OSError(f"{self.path} was cut while in use: picture {index} has {len(data)} of {size} bytes")
+        return data
+
+    def file_name(self, index: int) -> str:
+        return member_name(self._fd, int(self.offsets[index]))
+
+
+class FolderSource:
+    """Pictures of a folder of class folders; names are kept as one byte string, some 30 bytes per picture."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+        if not self.classes:
+            raise ValueError(f"--data-path {path}: a folder without class folders; expected one folder per class")
+        names, counts = [], []
+        for name in self.classes:
+            files = sorted(
+                entry.name
+                for entry in os.scandir(path / name)
+                if entry.name.lower().endswith(PICTURE_SUFFIXES) and entry.name[0] != "."
+            )
+            if not files:
+                raise ValueError(f"--data-path {path}: class folder {name} holds no pictures; remove or fill it")
+            names += [os.fsencode(file) for file in files]
+            counts.append(len(files))
+        self.ends = np.cumsum(counts)
+        self._names = b"".join(names)
+        self._name_ends = np.cumsum([0] + [len(name) for name in names])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, index: int) -> bytes:
+        label = int(np.searchsorted(self.ends, index, side="right"))
+        return (self.path / self.classes[label] / self.file_name(index)).read_bytes()
+
+    def file_name(self, index: int) -> str:
+        return os.fsdecode(self._names[self._name_ends[index] : self._name_ends[index + 1]])
+
+
+class ImageDataset(Dataset):
+    """uint8 pictures of S x S and labels; `fast` chooses the decoder and resizer of training pictures."""
+
+    def __init__(self, source: TarSource | FolderSource, image_size: int, seed: int, fast: bool, flip: bool):
+        self.source = source
+        self.image_size = image_size
+        self.seed = seed
+        self.fast = fast
+        self.flip = flip
+
+    @property
+    def classes(self) -> list[str]:
+        return self.source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def label(self, index: int) -> int:
+        return int(np.searchsorted(self.source.ends, index, side="right"))
+
+    def name(self, index: int) -> str:
+        """CLASS/FILE of a picture, for messages."""
+        return f"{self.classes[self.label(index)]}/{self.source.file_name(index)}"
+
+    def __getitem__(self, key: CropKey | int) -> Sample:
+        """The picture, or another one of the data set in place of a bad one, chosen by (seed, epoch, index).
+
+        Raises ValueError when 16 in a row are bad, OSError when the disk fails.
+        """
+        epoch, index = (key.epoch, key.index) if isinstance(key, CropKey) else (0, range(len(self))[key])
+        bad = ""
+        for attempt in range(MAX_REPLACEMENTS):
+            chosen = index if attempt == 0 else self._replacement(epoch, index, attempt)
+            try:
+                image = self._training_view(key, chosen) if isinstance(key, CropKey) else self._centre_view(chosen)
+            except BadPicture as error:
+                bad = bad or f"{self.name(index)}: {error}"
+            else:
+                return Sample(image, self.label(chosen), index, bad)
+        raise ValueError(f"{MAX_REPLACEMENTS} bad pictures in a row, the first {bad}; run python -m dataset.check")
+
+    def _training_view(self, key: CropKey, chosen: int) -> torch.Tensor:
+        draws = draw(self.seed, key.epoch, key.index)
+        data = self.source.read(chosen)
+        name = "" if data[:2] == b"\xff\xd8" else self.source.file_name(chosen)
+        image = decode_fast(data, name) if self.fast else decode_exact(data, name)
+        width, height = image.shape[:0:-1] if self.fast else image.size
+        if draws.choice < key.crop_probability:
+            window = random_window(draws, self.image_size, width, height)
+        else:
+            window = center_window(self.image_size, width, height)
+        pixels = crop_fast(image, self.image_size, window) if self.fast else _to_tensor(image, self.image_size, window)
+        return (pixels.flip(-1) if self.flip and draws.flip else pixels).expand(3, -1, -1)
+
+    def _centre_view(self, chosen: int) -> torch.Tensor:
+        image = decode_exact(self.source.read(chosen), self.source.file_name(chosen))
+        return _to_tensor(image, self.image_size, center_window(self.image_size, *image.size))
+
+    def _replacement(self, epoch: int, index: int, attempt: int) -> int:
+        raw = np.random.Philox(key=[self.seed, 2], counter=[0, attempt, epoch, index]).random_raw()
+        return int(raw) % len(self)
+
+
+def _to_tensor(image, size: int, window) -> torch.Tensor:
+    return torch.from_numpy(np.array(crop_exact(image, size, window))).permute(2, 0, 1)
+
+
+def build_dataset(
+    data_path: str | Path, image_size: int, *, num_classes: int, seed: int, fast: bool = True, flip: bool = True
+) -> ImageDataset:
+    """The data set at `data_path`, a tar of class tars or a folder of class folders; labels are sorted-name ranks.
+
+    `fast` decodes and resizes training pictures by libjpeg-turbo and torch (else pixel-equal to ADM's chain).
+    Raises ValueError, naming the flag, when the data are missing, of another form or of another number of classes.
+    """
+    path = Path(data_path).expanduser().resolve()
+    if not path.exists():
+        raise ValueError(f"--data-path {data_path}: no such file or folder")
+    source = FolderSource(path) if path.is_dir() else TarSource(path)
+    if len(source.classes) != num_classes:
+        raise ValueError(
+            f"--num-classes {num_classes}, but --data-path {data_path} holds {len(source.classes)} classes "
+            f"({source.classes[0]} ... {source.classes[-1]}); set --num-classes {len(source.classes)}"
+        )
+    return ImageDataset(source, image_size, seed, fast, flip)

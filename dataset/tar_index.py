@@ -1,0 +1,248 @@
+"""Where every picture of a tar of class tars lies, found from the headers alone and kept in a small file.
+
+The archive (ILSVRC2012_img_train.tar: a tar of 1,000 tars named by synset) is never unpacked. Building walks the
+512-byte headers with os.pread; the result is an .npz next to the tar, or in $SPHEREAR_CACHE (default
+~/.cache/spherear) where that folder is read-only, and is rebuilt when the tar changed or the file is damaged.
+"""
+
+import fcntl
+import hashlib
+import os
+import tempfile
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK = 512  # bytes: a header, and the unit to which payloads are padded
+VERSION = 1  # of the index file; another number means "rebuild"
+PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class TarIndex(NamedTuple):
+    """N pictures of K classes; pictures are ordered by class, then as in the tar. 12 bytes per picture."""
+
+    classes: list[str]  # K names, sorted: the position is the label
+    ends: np.ndarray  # (K,) int64: pictures of class k are ends[k-1] .. ends[k]-1
+    offsets: np.ndarray  # (N,) int64: first byte of the picture in the outer tar
+    sizes: np.ndarray  # (N,) uint32: bytes
+
+
+def load_index(tar_path: str | Path) -> TarIndex:
+    """The index of a tar of class tars, from its file where that is good, else built and stored.
+
+    Safe with any number of processes starting at once: the one that gets the lock builds, the others wait and load.
+    Raises ValueError for a flat, empty, truncated or otherwise broken tar, and when the index can be stored nowhere.
+    """
+    path = Path(tar_path).resolve()
+    stat = path.stat()
+    index = _load_stored(path, stat)
+    if index is None:
+        with _only_builder(path):
+            index = _load_stored(path, stat)
+            if index is None:
+                index = build_index(path)
+                _store(index, path, stat)
+    return index
+
+
+def build_index(tar_path: str | Path) -> TarIndex:
+    """Walk the headers of a tar of class tars; no payload is read. Raises ValueError naming what is wrong."""
+    fd = os.open(tar_path, os.O_RDONLY)
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else read-ahead fetches the payloads too
+        members = _walk(fd, 0, os.fstat(fd).st_size, str(tar_path))
+        tars = sorted((Path(name).stem, start, size) for name, start, size in zip(*members) if name.endswith(".tar"))
+        classes = [name for name, _, _ in tars]
+        if not tars:
+            raise ValueError(
+                f"--data-path {tar_path}: "
+                + (f"a flat tar ({members[0][0]} lies directly in it)" if members[0] else "an empty tar")
+                + "; expected a tar of class tars (as ILSVRC2012_img_train.tar), or give a folder of class folders"
+            )
+        for name in {name for name in classes if classes.count(name) > 1}:
+            raise ValueError(f"--data-path {tar_path}: two class tars are named {name}; expected one tar per class")
+        offsets, sizes, counts = [], [], []
+        for name, start, size in tars:
+            found = _walk(fd, start, start + size, f"{tar_path}, class {name}", PICTURE_SUFFIXES)
+            if not found[0]:
+                raise ValueError(f"--data-path {tar_path}: class {name} holds no pictures; remove it or repair the tar")
+            offsets.append(np.array(found[1], np.int64))
+            sizes.append(np.array(found[2], np.uint32))
+            counts.append(len(found[0]))
+        return TarIndex(classes, np.cumsum(counts), np.concatenate(offsets), np.concatenate(sizes))
+    finally:
+        os.close(fd)
+
+
+def member_name(fd: int, offset: int) -> str:
+    """Name of the member whose payload starts at `offset` (its first 100 bytes, where it is a long one)."""
+    return _short_name(os.pread(fd, BLOCK, offset - BLOCK))
+
+
+def _walk(fd: int, start: int, end: int, where: str, suffixes: tuple[str, ...] | None = None):
+    """Names, first bytes and sizes of the regular files of the tar in bytes [start, end) of `fd`.
+
+    Only names ending in one of `suffixes` when given; hidden files (`._*` of macOS) are left out. GNU and pax long
+    names and sizes are understood, links and folders skipped. Raises ValueError when the tar is cut or not a tar.
+    """
+    names, offsets, sizes, headers = [], [], [], []
+    long_name = long_size = None
+    position = start
+    while True:
+        header = os.pread(fd, BLOCK, position) if position + BLOCK <= end else b""
+        if len(header) < BLOCK:
+            what = "an empty file" if end == start else f"truncated at byte {position - start} of {end - start}"
+            raise ValueError(f"--data-path {where}: {what} (no end-of-archive mark); copy it again")
+        if not header[0] and not any(header):
+            break
+        try:
+            size = _number(header[124:136]) if long_size is None else long_size
+        except ValueError:
+            raise _broken(where, position - start) from None
+        payload, kind = position + BLOCK, header[156]
+        position = payload + (size + BLOCK - 1) // BLOCK * BLOCK
+        if payload + size > end:
+            if not _valid(header):
+                raise _broken(where, payload - BLOCK - start)
+            raise ValueError(
+                f"--data-path {where}: truncated: {_short_name(header)} needs {size} bytes, "
+                f"{end - payload} are there; copy it again"
+            )
+        headers.append(header)
+        if kind == 76:  # "L": the next member's name, GNU
+            long_name = os.pread(fd, size, payload).rstrip(b"\0").decode(errors="surrogateescape")
+        elif kind == 120:  # "x": records about the next member, pax
+            records = _pax_records(os.pread(fd, size, payload), where)
+            long_name = records.get("path", long_name)
+            long_size = int(records["size"]) if "size" in records else None
+        elif kind not in b"Kg":  # "K" long link, "g" global records: neither belongs to a file
+            if kind in b"0\0" and header[0]:
+                name = _short_name(header) if long_name is None else long_name
+                base = name[name.rfind("/") + 1 :]
+                if base and base[0] != "." and (suffixes is None or base.lower().endswith(suffixes)):
+                    names.append(name)
+                    offsets.append(payload)
+                    sizes.append(size)
+            long_name = long_size = None
+    bad = np.flatnonzero(~_valid(b"".join(headers)))
+    if bad.size:
+        raise ValueError(f"--data-path {where}: header {bad[0]} is damaged (checksum); copy the tar again")
+    return names, offsets, sizes
+
+
+def _short_name(header: bytes) -> str:
+    return header[: header.index(0) if 0 in header[:100] else 100].decode(errors="surrogateescape")
+
+
+def _number(field: bytes) -> int:
+    """A tar number: octal digits, or base 256 when the first bit is set (GNU, over 8 GiB)."""
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big") & ((1 << 8 * len(field) - 1) - 1)
+    return int(field.strip(b"\0 ") or b"0", 8)
+
+
+def _valid(headers: bytes) -> np.ndarray:
+    """For each 512-byte header, whether its checksum (sum of all bytes, the field itself as spaces) is right."""
+    blocks = np.frombuffer(headers, np.uint8).reshape(-1, BLOCK)
+    sums = blocks.sum(1, dtype=np.int64) - blocks[:, 148:156].sum(1, dtype=np.int64) + 8 * 32
+    stored = np.full(len(blocks), -1, np.int64)
+    for i, field in enumerate(blocks[:, 148:156]):
+        with suppress(ValueError):
+            stored[i] = _number(field.tobytes())
+    return sums == stored
+
+
+def _broken(where: str, position: int) -> ValueError:
+    return ValueError(
+        f"--data-path {where}: no tar header at byte {position}: the file is damaged, compressed or not a tar"
+    )
+
+
+def _pax_records(text: bytes, where: str) -> dict[str, str]:
+    """The `LENGTH KEY=VALUE` lines of a pax header."""
+    records = {}
+    while text:
+        length, _, _ = text.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(text):
+            raise ValueError(f"--data-path {where}: a damaged pax header; copy the tar again")
+        key, _, value = text[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[key.decode(errors="replace")] = value.decode(errors="surrogateescape")
+        text = text[int(length) :]
+    return records
+
+
+def _places(path: Path) -> list[Path]:
+    """Where the index file of this tar may lie, in order of preference."""
+    cache = Path(os.environ.get("SPHEREAR_CACHE") or Path.home() / ".cache" / "spherear")
+    tag = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    return [path.with_name(path.name + ".index.npz"), cache / f"{path.name}.{tag}.index.npz"]
+
+
+def _load_stored(path: Path, stat: os.stat_result) -> TarIndex | None:
+    """The stored index, or None where there is none that is whole and belongs to this very tar."""
+    for place in _places(path):
+        try:
+            with zipfile.ZipFile(place) as archive:
+                if archive.testzip() is not None:  # CRC of every array, before anything in it is believed
+                    continue
+            with np.load(place, allow_pickle=False) as file:
+                if file["key"].tolist() != [VERSION, stat.st_size, stat.st_mtime_ns]:
+                    continue
+                index = TarIndex(file["classes"].tolist(), file["ends"], file["offsets"], file["sizes"])
+        except (OSError, EOFError, ValueError, KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+            continue
+        if _belongs(index, path):
+            return index
+    return None
+
+
+def _belongs(index: TarIndex, path: Path, probes: int = 16) -> bool:
+    """Whether headers lie where the index says, at a few places: another tar may have the same size and time."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        some = np.linspace(0, len(index.offsets) - 1, probes).astype(np.int64)
+        headers = [os.pread(fd, BLOCK, int(offset) - BLOCK) for offset in index.offsets[some]]
+        return all(len(header) == BLOCK for header in headers) and bool(_valid(b"".join(headers)).all())
+    finally:
+        os.close(fd)
+
+
+def _store(index: TarIndex, path: Path, stat: os.stat_result) -> None:
+    """Write the index atomically at the first place that can be written."""
+    key = np.array([VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
+    errors = []
+    for place in _places(path):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            fd, temporary = tempfile.mkstemp(prefix=place.name, suffix=".tmp", dir=place.parent)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    np.savez(
+                        file, key=key, classes=index.classes, ends=index.ends, offsets=index.offsets, sizes=index.sizes
+                    )
+                    file.flush()
+                    os.fchmod(fd, 0o644)
+                    os.fsync(fd)
+                os.replace(temporary, place)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+            return
+        except OSError as error:
+            errors.append(f"{place}: {error.strerror}")
+    raise ValueError(f"the index of {path} can be stored nowhere ({'; '.join(errors)}); set SPHEREAR_CACHE to a folder")
+
+
+@contextmanager
+def _only_builder(path: Path):
+    """Hold a lock on the tar itself; where the file system has no locks, building twice does no harm."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
