@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -175,11 +176,15 @@ def settings_of(args: argparse.Namespace, model: SphereAR) -> dict:
     return json.loads(json.dumps({"--ckpt sha256": digest.hexdigest(), "config": asdict(model.config), **settings}))
 
 
-def open_run(folder: Path, settings: dict) -> None:
-    """Make the folder this run's, or see that it is; ValueError says which settings differ from the run in it."""
+def open_run(folder: Path, settings: dict, stack: ExitStack) -> None:
+    """Make the folder this run's, or see that it is, and lock it until `stack` closes.
+
+    ValueError says which settings differ from those of the run in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "shards").mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # held until this process ends
+    lock = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -231,38 +236,37 @@ def sample_batches(args: argparse.Namespace, model: SphereAR, labels: np.ndarray
     world_size, folder = distributed.world_size(), Path(args.sample_dir)
     total = sum(stop - start for start, stop in missing)
     batch_size = min(args.per_proc_batch_size, -(-total // world_size))
-    progress = tqdm(
+    with tqdm(
         total=len(labels),
         initial=len(labels) - total,
         disable=not distributed.is_main(),
         bar_format="{l_bar}{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_noinv_fmt}]",
         unit=" images",
         mininterval=0.5 if sys.stderr.isatty() else 10,
-    )
-    for start, stop in batches_of(missing, batch_size, distributed.rank(), world_size):
-        share = (stop - start) * world_size / config.num_tokens
-        noise = image_noise(
-            args.global_seed,
-            torch.arange(start, stop, device=device),
-            args.num_sampling_steps,
-            config.latent_dim,
-            on_token=lambda share=share: progress.update(min(share, progress.total - progress.n)),
-        )
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.mixed_precision == "bf16"):
-            tokens = model.generate_tokens(
-                torch.from_numpy(labels[start:stop]).to(device),
-                cfg_scale=args.cfg_scale,
-                cfg_schedule=args.cfg_schedule,
-                num_sampling_steps=args.num_sampling_steps,
-                last_step_size=LAST_STEP_SIZE,
-                sampler=args.sampler,
-                noise=noise,
+    ) as progress:
+        for start, stop in batches_of(missing, batch_size, distributed.rank(), world_size):
+            share = (stop - start) * world_size / config.num_tokens
+            noise = image_noise(
+                args.global_seed,
+                torch.arange(start, stop, device=device),
+                args.num_sampling_steps,
+                config.latent_dim,
+                on_token=lambda share=share: progress.update(min(share, progress.total - progress.n)),
             )
-            images = decode(model, tokens)
-        if args.save_images:
-            save_images(Path(args.save_images), start, images)
-        write_shard(folder / "shards", start, images)
-    progress.close()
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.mixed_precision == "bf16"):
+                tokens = model.generate_tokens(
+                    torch.from_numpy(labels[start:stop]).to(device),
+                    cfg_scale=args.cfg_scale,
+                    cfg_schedule=args.cfg_schedule,
+                    num_sampling_steps=args.num_sampling_steps,
+                    last_step_size=LAST_STEP_SIZE,
+                    sampler=args.sampler,
+                    noise=noise,
+                )
+                images = decode(model, tokens)
+            if args.save_images:
+                save_images(Path(args.save_images), start, images)
+            write_shard(folder / "shards", start, images)
 
 
 def save_images(folder: Path, start: int, images: np.ndarray) -> None:
@@ -279,10 +283,11 @@ def wait_for_shards(folder: Path, image_size: int, total: int) -> dict[Range, Pa
     return shards
 
 
-def finish(args: argparse.Namespace, model: SphereAR, labels: np.ndarray, receipt: dict) -> None:
+def finish(
+    args: argparse.Namespace, model: SphereAR, labels: np.ndarray, shards: dict[Range, Path], receipt: dict
+) -> None:
     """On rank 0, with every image in a shard: missing PNGs, contact sheet, receipt, and the .npz."""
     folder, config = Path(args.sample_dir), model.config
-    shards = wait_for_shards(folder / "shards", config.svae.image_size, len(labels))
     if args.save_images:
         for index in range(len(labels)):
             if not (Path(args.save_images) / f"{index:06d}.png").exists():
@@ -318,8 +323,10 @@ def make_receipt(args: argparse.Namespace, settings: dict, device: torch.device,
     }
 
 
-def prepare(args: argparse.Namespace, device: torch.device) -> tuple[SphereAR, np.ndarray, dict, list[Range]]:
-    """Check everything before the first image. Fails alike on every process."""
+def prepare(
+    args: argparse.Namespace, device: torch.device, stack: ExitStack
+) -> tuple[SphereAR, np.ndarray, dict, list[Range]]:
+    """Model, labels, settings and missing images: checks everything before the first image, alike on every process."""
     on_gpu = device.type == "cuda"
     args.per_proc_batch_size = (256 if on_gpu else 16) if args.per_proc_batch_size is None else args.per_proc_batch_size
     args.mixed_precision = args.mixed_precision or ("bf16" if on_gpu else "none")
@@ -332,7 +339,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[SphereAR, n
 
     def plan():
         settings = settings_of(args, model)
-        open_run(folder, settings)
+        open_run(folder, settings, stack)
         if args.save_images:
             Path(args.save_images).mkdir(parents=True, exist_ok=True)
         if (folder / "samples.npz").exists():
@@ -346,10 +353,10 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[SphereAR, n
     return model, make_labels(args, model.config.num_classes), settings, missing
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, stack: ExitStack) -> None:
     device = distributed.init()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    model, labels, settings, missing = prepare(args, device)
+    model, labels, settings, missing = prepare(args, device, stack)
     made = sum(stop - start for start, stop in missing)
     if (Path(args.sample_dir) / "samples.npz").exists():
         return distributed.print0(f"{args.sample_dir}/samples.npz is already complete")
@@ -357,15 +364,17 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     sample_batches(args, model, labels, missing)
     if distributed.is_main():
-        wait_for_shards(Path(args.sample_dir) / "shards", model.config.svae.image_size, len(labels))
-        finish(args, model, labels, make_receipt(args, settings, device, made, time.perf_counter() - start))
+        shards = wait_for_shards(Path(args.sample_dir) / "shards", model.config.svae.image_size, len(labels))
+        receipt = make_receipt(args, settings, device, made, time.perf_counter() - start)
+        finish(args, model, labels, shards, receipt)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     raise_on_signals()
     try:
-        run(args)
+        with ExitStack() as stack:
+            run(args, stack)
     except (ValueError, OSError) as error:
         print(f"sample_ddp.py: error: {error}", file=sys.stderr, flush=True)
         return 1
