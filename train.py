@@ -1,0 +1,634 @@
+"""Train SphereAR: first the S-VAE (--vae-only), then the autoregressive model on its frozen tokens.
+
+One loop serves both stages. Every random number is addressed by (seed, picture, step), and data order by (seed, step):
+an interrupted run continues from --results-dir as if it had never stopped.
+"""
+
+import argparse
+import copy
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dataset import build_dataset, train_loader
+from models import (
+    PRESETS,
+    SVAE,
+    SphereAR,
+    SphereARConfig,
+    SVAEConfig,
+    config_to_dict,
+    load_checkpoint,
+    stem_channels_for,
+)
+from models.discriminator import PatchDiscriminator
+from models.losses import adversarial_loss, adversarial_weight, discriminator_loss, kl_loss, reconstruction_loss
+from models.lpips import LPIPS, vgg_weights
+from models.sphere import GAMMA_ROUNDS
+from utils import distributed
+from utils.checkpoint import CheckpointFolder, load
+from utils.distributed import print0
+from utils.ema import EMA
+from utils.noise import Purpose, normals, uniforms
+from utils.optim import build_adamw, learning_rate, poison, set_lr, update
+from utils.preemption import Preemption
+from utils.tracker import Tracker
+
+# The recipes' values where they differ between the stages
+SVAE_RECIPE = dict(epochs=100, global_batch_size=256, lr=1e-4, warmup_steps=-1, decay_start=-1, ema=0.0)
+AR_RECIPE = dict(epochs=400, global_batch_size=512, lr=3e-4, warmup_steps=20_000, decay_start=None, ema=0.9999)
+
+# What may change when a run is continued; everything else must be as it was
+FREE = {
+    "data_path", "results_dir", "trained_vae", "vgg_weights", "epochs", "max_steps", "grad_accum_steps", "num_workers",
+    "log_every", "save_every", "keep_freq", "sample_every", "compile", "grad_checkpointing", "max_skipped_steps",
+    "max_bad_share", "world_size",
+}  # fmt: skip
+
+PICTURES = 16
+SAMPLE_SETTINGS = dict(cfg_scale=3.0, num_sampling_steps=50)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line with the recipe's defaults of its stage. Raises ValueError for flags that cannot go together."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--data-path",
+        required=True,
+        help="ILSVRC2012_img_train.tar (a tar of class tars), or a folder of class folders",
+    )
+    add(
+        "--results-dir", default="results", help="checkpoints, log.txt and tensorboard/; a run found there is continued"
+    )
+    add("--model", default="SphereAR-L", choices=list(PRESETS), help="size; with --vae-only, whose S-VAE [%(default)s]")
+    add("--vae-only", action="store_true", help="train the S-VAE instead of the AR model")
+    add("--trained-vae", metavar="FILE", help="AR: the S-VAE's checkpoint; it decides image size, patch and latent dim")
+    add("--image-size", type=int, help="side of the pictures in pixels [the model's]")
+    add("--patch-size", type=int, help="side of a token in pixels [the model's]")
+    add("--latent-dim", type=int, help="dimension of a token [the model's]")
+    add("--num-classes", type=int, help="classes in the data [the model's]")
+    add("--cls-token-num", type=int, help="AR: class tokens in front [the model's]")
+    add("--class-dropout", type=float, help="AR: share of labels replaced by the null class [the model's, 0.1]")
+    add("--diff-batch-mul", type=int, help="AR: flow times drawn per token [the model's, 4]")
+
+    add("--epochs", type=int, help="[100 with --vae-only, else 400]")
+    add("--max-steps", type=int, help="stop after so many updates, if that is before the epochs' end")
+    add("--global-batch-size", type=int, help="pictures per update, over all processes [256 with --vae-only, else 512]")
+    add("--grad-accum-steps", type=int, default=1, help="split each process's share of a batch to save memory [1]")
+    add("--lr", type=float, help="[1e-4 with --vae-only, else 3e-4]")
+    add("--min-lr", type=float, default=1e-5, help="learning rate that the cosine decays to [%(default)s]")
+    add("--warmup-steps", type=int, help="linear warm-up; -1: none [-1 with --vae-only, else 20000]")
+    add(
+        "--decay-start",
+        type=int,
+        help="first step of the cosine; -1: none [-1 with --vae-only, else after the warm-up]",
+    )
+    add("--weight-decay", type=float, default=0.05, help="[%(default)s]")
+    add("--beta1", type=float, default=0.9, help="[%(default)s]")
+    add("--beta2", type=float, default=0.95, help="[%(default)s]")
+    add("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm [%(default)s]")
+    add("--ema", type=float, help="decay of the weights' moving average; 0: none [0 with --vae-only, else 0.9999]")
+    add("--max-skipped-steps", type=int, default=20, help="non-finite updates in a row that end the run [%(default)s]")
+
+    add("--reconstruction-weight", type=float, default=1.0, help="S-VAE: weight of L1 [%(default)s]")
+    add("--perceptual-weight", type=float, default=1.0, help="S-VAE: weight of LPIPS [%(default)s]")
+    add("--disc-weight", type=float, default=0.5, help="S-VAE: weight of the adversary in both losses [%(default)s]")
+    add("--disc-start", type=int, default=20_000, help="S-VAE: the adversary's first step [%(default)s]")
+    add("--kl-weight", type=float, default=0.004, help="S-VAE: weight of the KL [%(default)s]")
+    add("--vgg-weights", metavar="FILE", help="S-VAE: torchvision's VGG16 weights for LPIPS [downloaded]")
+
+    add("--aug-decay-start-epoch", type=int, default=350, help="random crops grow rare from here [%(default)s]")
+    add(
+        "--aug-decay-end-epoch", type=int, default=375, help="and are gone from here; centre crops remain [%(default)s]"
+    )
+    add("--no-flip", action="store_true", help="no horizontal flips (digits, letters)")
+    add("--max-bad-share", type=float, default=0.001, help="unreadable pictures replaced before it is an error [0.001]")
+    add("--num-workers", type=int, default=8, help="loading processes per training process [%(default)s]")
+
+    add(
+        "--mixed-precision", choices=["none", "bf16", "fp16"], help="autocast over float32 weights [bf16; none on CPUs]"
+    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile [on GPUs only]")
+    add("--grad-checkpointing", action="store_true", help="recompute activations: less memory, about 30 %% more time")
+    add("--global-seed", type=int, default=0, help="[%(default)s]")
+    add("--log-every", type=int, default=100, help="steps between log lines [%(default)s]")
+    add(
+        "--save-every", type=int, default=5000, help="steps between checkpoints, beside every epoch's end [%(default)s]"
+    )
+    add("--keep-freq", type=int, default=50, help="keep every so many epochs' checkpoint for good [%(default)s]")
+    add("--sample-every", type=int, default=5000, help="steps between pictures in TensorBoard; 0: none [%(default)s]")
+    args = parser.parse_args(argv)
+
+    for name, value in (SVAE_RECIPE if args.vae_only else AR_RECIPE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.decay_start is None:
+        args.decay_start = max(0, args.warmup_steps)
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    def require(ok: bool, flag: str, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: {allowed}")
+
+    if args.vae_only:
+        require(args.trained_vae is None, "--trained-vae", "is for the AR stage; leave it or --vae-only out")
+    elif args.trained_vae is None:
+        raise ValueError(
+            "--trained-vae: AR training needs a trained S-VAE; train one with --vae-only, then name its file"
+        )
+    elif not Path(args.trained_vae).is_file():
+        raise ValueError(f"--trained-vae {args.trained_vae}: no such file; train the S-VAE with --vae-only first")
+    for flag in ("--epochs", "--global-batch-size", "--grad-accum-steps", "--log-every", "--save-every", "--keep-freq",
+                 "--max-skipped-steps"):  # fmt: skip
+        require(getattr(args, flag[2:].replace("-", "_")) >= 1, flag, "must be at least 1")
+    require(args.max_steps is None or args.max_steps >= 1, "--max-steps", "must be at least 1")
+    require(args.num_workers >= 0, "--num-workers", "must be at least 0")
+    require(args.lr > 0, "--lr", "must be above 0")
+    require(0 <= args.ema < 1, "--ema", "must lie in [0, 1); 0 turns it off")
+    require(args.max_grad_norm > 0, "--max-grad-norm", "must be above 0")
+    require(args.warmup_steps >= -1, "--warmup-steps", "must be at least 0, or -1 for none")
+    require(args.decay_start >= -1, "--decay-start", "must be at least 0, or -1 for none")
+    if args.decay_start >= 0:
+        require(args.min_lr <= args.lr, "--min-lr", f"must not be above --lr {args.lr}")
+        require(args.decay_start >= args.warmup_steps, "--decay-start",
+                f"must not be before the warm-up's end, --warmup-steps {args.warmup_steps}")  # fmt: skip
+
+
+def check_run(args: argparse.Namespace, steps_per_epoch: int) -> int:
+    """The number of updates of the run. Raises ValueError where batch, schedule and processes do not fit together."""
+    shares = args.world_size * args.grad_accum_steps
+    if args.global_batch_size % shares:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} must be a multiple of processes x --grad-accum-steps = "
+            f"{args.world_size} x {args.grad_accum_steps}; {args.global_batch_size // shares * shares or shares} would do"
+        )
+    if steps_per_epoch == 0:
+        raise ValueError(f"--global-batch-size {args.global_batch_size} is more than the data set holds: lower it")
+    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
+    for flag, value in {"--warmup-steps": args.warmup_steps, "--decay-start": args.decay_start}.items():
+        if value >= total_steps:
+            raise ValueError(f"{flag} {value}: the run has only {total_steps} steps; lower it, or -1 for none")
+    return total_steps
+
+
+def svae_config(args: argparse.Namespace) -> SVAEConfig:
+    """The S-VAE of --model with the flags' changes."""
+    config = PRESETS[args.model].svae
+    changes = {
+        name: getattr(args, name)
+        for name in ("image_size", "patch_size", "latent_dim")
+        if getattr(args, name) is not None
+    }
+    if changes.get("patch_size", config.patch_size) != config.patch_size:
+        changes["stem_channels"] = stem_channels_for(changes["patch_size"], config.width)
+    return dataclasses.replace(config, **changes)
+
+
+def load_svae(path: str) -> SVAE:
+    """The S-VAE in a checkpoint, ours or published, alone or inside an AR model."""
+    model = load_checkpoint(path)
+    return model if isinstance(model, SVAE) else model.vae
+
+
+def ar_config(args: argparse.Namespace, svae: SVAEConfig) -> SphereARConfig:
+    """The AR model of --model over a trained S-VAE. Raises ValueError where a flag contradicts that S-VAE."""
+    for name in ("image_size", "patch_size", "latent_dim"):
+        asked, trained = getattr(args, name), getattr(svae, name)
+        if asked not in (None, trained):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {asked}: the S-VAE {args.trained_vae} was trained with {trained}; "
+                "leave the flag out, or give the S-VAE that fits"
+            )
+    names = dict(num_classes="num_classes", num_class_tokens="cls_token_num", class_dropout_prob="class_dropout",
+                 diffusion_batch_mul="diff_batch_mul")  # fmt: skip
+    changes = {field: getattr(args, flag) for field, flag in names.items() if getattr(args, flag) is not None}
+    return dataclasses.replace(PRESETS[args.model], svae=svae, **changes)
+
+
+class Autoencoder(nn.Module):
+    """The S-VAE's training graph with tensors at its boundary, as DistributedDataParallel wants."""
+
+    def __init__(self, vae: SVAE):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, normal: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        reconstruction, posterior = self.vae(images, normal, uniform)
+        return reconstruction, kl_loss(posterior)
+
+
+class Adversary(nn.Module):
+    """The discriminator's training graph: both its batches in one call, each normed by its own statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.discriminator = PatchDiscriminator()
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        return discriminator_loss(self.discriminator(images), self.discriminator(reconstruction))
+
+
+class Stage:
+    """What the two stages share: one process's part of a training step, in two halves around the gradients."""
+
+    trained: nn.Module  # its parameters have the released names
+    svae: SVAEConfig
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
+        self.autocast = torch.autocast(device.type, dtype, enabled=args.mixed_precision != "none")
+        self.memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.players: dict[str, tuple[torch.optim.AdamW, torch.amp.GradScaler, list[nn.Parameter]]] = {}
+
+    def add_player(self, name: str, module: nn.Module) -> nn.Module:
+        """Give `module` its optimizer; return it ready for its forward pass on this process."""
+        args = self.args
+        optimizer = build_adamw(
+            module.named_parameters(), lr=args.lr, betas=(args.beta1, args.beta2), weight_decay=args.weight_decay
+        )
+        scaler = torch.amp.GradScaler(self.device.type, enabled=args.mixed_precision == "fp16")
+        self.players[name] = optimizer, scaler, [weight for weight in module.parameters() if weight.requires_grad]
+        if distributed.world_size() == 1:
+            return module
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
+
+    @property
+    def optimizers(self) -> list[torch.optim.AdamW]:
+        return [optimizer for optimizer, _, _ in self.players.values()]
+
+    def differentiate(self, player: str, loss: Tensor) -> None:
+        _, scaler, _ = self.players[player]
+        scaler.scale(poison(loss)).backward()
+
+    def update(self) -> dict[str, Tensor]:
+        """Update every player's weights where its gradient is finite; the gradients' norms, by log name."""
+        return {
+            f"{name}grad_norm": update(optimizer, weights, max_grad_norm=self.args.max_grad_norm, scaler=scaler)
+            for name, (optimizer, scaler, weights) in self.players.items()
+        }
+
+    def images(self, batch) -> Tensor:
+        """Pictures of a batch on the device, float in [-1, 1]."""
+        images = batch.image.to(self.device, non_blocking=True).to(memory_format=self.memory_format)
+        return images.float() / 127.5 - 1
+
+    def posterior_draws(self, index: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The S-VAE posterior's normals (B, P, ·) and uniforms (B, P, ·) of these pictures at this step."""
+        num_tokens, tangent = self.svae.num_tokens, 2 * (self.svae.latent_dim - 1)
+        address = dict(seed=self.args.global_seed, index=index, step=step, device=self.device)
+        normal = normals(purpose=Purpose.POSTERIOR_NORMAL, count=num_tokens * (tangent + GAMMA_ROUNDS), **address)
+        uniform = uniforms(purpose=Purpose.POSTERIOR_UNIFORM, count=num_tokens * GAMMA_ROUNDS, **address)
+        return normal.unflatten(-1, (num_tokens, -1)), uniform.unflatten(-1, (num_tokens, -1))
+
+    def state(self) -> dict:
+        """Weights, optimizers and scalers, under the names of the published checkpoints where those have them."""
+        state = {"model": self.trained.state_dict()}
+        for name, (optimizer, scaler, _) in self.players.items():
+            state[f"{name}optimizer"], state[f"{name}scaler"] = optimizer.state_dict(), scaler.state_dict()
+        return state
+
+    def load_state(self, state: dict) -> None:
+        self.trained.load_state_dict(state["model"])
+        for name, (optimizer, scaler, _) in self.players.items():
+            optimizer.load_state_dict(state[f"{name}optimizer"])
+            if scaler.is_enabled():
+                scaler.load_state_dict(state[f"{name}scaler"])
+
+
+def splits(batches: list, wrapped: nn.Module) -> Iterator[tuple[object, object]]:
+    """(batch, context) of each part of a step: gradients travel between processes with the last part only."""
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        yield batch, nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
+
+
+def add_to(totals: dict[str, Tensor], share: float, **values: Tensor) -> None:
+    for name, value in values.items():
+        value = value.detach() * share
+        totals[name] = totals[name] + value if name in totals else value
+
+
+class SVAEStage(Stage):
+    """L1 + LPIPS + hinge + KL on reconstructions, and the discriminator's own loss."""
+
+    def __init__(self, args: argparse.Namespace, config: SVAEConfig, device: torch.device):
+        super().__init__(args, device)
+        self.config = self.svae = config
+        vae = SVAE(config).to(device, memory_format=self.memory_format)
+        vae.encoder.grad_checkpointing = vae.decoder.grad_checkpointing = args.grad_checkpointing
+        self.trained = Autoencoder(vae)
+        self.autoencoder = self.add_player("", self.trained)
+        self.lpips = self.adversary = None
+        if args.perceptual_weight > 0:
+            with distributed.main_first():
+                weights = vgg_weights(args.vgg_weights)
+            self.lpips = LPIPS(weights).to(device, memory_format=self.memory_format)
+        if args.disc_weight > 0:
+            if config.image_size < 32:
+                raise ValueError(
+                    f"--image-size {config.image_size}: the discriminator needs 32; or set --disc-weight 0"
+                )
+            adversary = Adversary().to(device, memory_format=self.memory_format)
+            self.discriminator = adversary.discriminator
+            self.adversary = self.add_player("discriminator_", adversary)
+        if args.compile:
+            compile_blocks(*vae.encoder.layers, *vae.decoder.layers, vae.encoder.patchify, vae.decoder.unpatchify)
+
+    def backward(self, batches: list, step: int) -> dict[str, Tensor]:
+        args, share, totals = self.args, 1 / len(batches), {}
+        weight = adversarial_weight(step, weight=args.disc_weight, start=args.disc_start)
+        passes = []
+        for batch, context in splits(batches, self.autoencoder):
+            images, index = self.images(batch), batch.index.to(self.device, non_blocking=True)
+            with context, self.autocast:
+                reconstruction, kl = self.autoencoder(images, *self.posterior_draws(index, step))
+                l1 = reconstruction_loss(reconstruction, images)
+                loss = args.reconstruction_weight * l1 + args.kl_weight * kl
+                add_to(totals, share, recon_loss=l1, kl_loss=kl)
+                if self.lpips is not None:
+                    perceptual = self.lpips(reconstruction, images).mean()
+                    loss = loss + args.perceptual_weight * perceptual
+                    add_to(totals, share, perceptual_loss=perceptual)
+                if weight > 0:
+                    self.discriminator.requires_grad_(False)
+                    adversarial = adversarial_loss(self.discriminator(reconstruction))
+                    self.discriminator.requires_grad_(True)
+                    loss = loss + weight * adversarial
+                    add_to(totals, share, adversarial_loss=adversarial)
+            with context:
+                self.differentiate("", share * loss)
+            add_to(totals, share, loss=loss)
+            if weight > 0:
+                passes.append((images, reconstruction.detach()))
+
+        if self.adversary is not None and weight == 0:  # as in the recipe: until then it only decays
+            for parameter in self.discriminator.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        for (images, reconstruction), context in splits(passes, self.adversary):
+            with context:
+                with self.autocast:
+                    loss = self.adversary(images, reconstruction)
+                self.differentiate("discriminator_", share * weight * loss)
+            add_to(totals, share, discriminator_loss=loss)
+        return totals
+
+    def pictures(self, averaged: Autoencoder, batch) -> Tensor:
+        """Pictures of a batch (upper rows) and their reconstructions from the posterior's mean direction."""
+        images = self.images(batch)[:PICTURES]
+        with self.autocast:
+            tokens = self.svae.radius * averaged.vae.encode(images).mu
+            return torch.cat([images, averaged.vae.decode(tokens).float()])
+
+    def state(self) -> dict:
+        state = super().state()
+        if self.adversary is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+        return state
+
+    def load_state(self, state: dict) -> None:
+        super().load_state(state)
+        if self.adversary is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+
+
+class ARStage(Stage):
+    """The flow-matching loss of next tokens, on fresh samples of the frozen S-VAE's posterior."""
+
+    def __init__(self, args: argparse.Namespace, config: SphereARConfig, vae: SVAE, device: torch.device):
+        super().__init__(args, device)
+        self.config, self.svae = config, config.svae
+        self.trained = SphereAR(config)
+        self.trained.vae.load_state_dict(vae.state_dict())
+        self.trained.vae.requires_grad_(False).eval()
+        self.trained.to(device)
+        self.trained.vae.to(memory_format=self.memory_format)
+        self.trained.grad_checkpointing = args.grad_checkpointing
+        self.wrapped = self.add_player("", self.trained)
+        if args.compile:
+            encoder = self.trained.vae.encoder
+            compile_blocks(*self.trained.layers, self.trained.head.net, *encoder.layers, encoder.patchify)
+
+    def backward(self, batches: list, step: int) -> dict[str, Tensor]:
+        share, totals = 1 / len(batches), {}
+        for batch, context in splits(batches, self.wrapped):
+            index = batch.index.to(self.device, non_blocking=True)
+            with context, self.autocast:
+                tokens = self.tokens(self.images(batch), index, step)
+                loss = self.wrapped(tokens, *self.draws(batch.label.to(self.device, non_blocking=True), index, step))
+            with context:
+                self.differentiate("", share * loss)
+            add_to(totals, share, ar_loss=loss)
+        return totals
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor, index: Tensor, step: int) -> Tensor:
+        """Latent tokens (B, P, C): a sample of the frozen S-VAE's posterior."""
+        posterior = self.trained.vae.encode(images)
+        return self.config.radius * posterior.rsample_from(*self.posterior_draws(index, step))
+
+    def draws(self, label: Tensor, index: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels (B,) after class dropout, flow times (M, B, P) = sigmoid(normal), flow noise (M, B, P, C)."""
+        config = self.config
+        shape = config.diffusion_batch_mul, config.num_tokens
+        address = dict(seed=self.args.global_seed, index=index, step=step, device=self.device)
+        dropped = uniforms(purpose=Purpose.CLASS_DROPOUT, count=1, **address)[:, 0] < config.class_dropout_prob
+        times = normals(purpose=Purpose.FLOW_TIME, count=shape[0] * shape[1], **address).unflatten(-1, shape)
+        count = shape[0] * shape[1] * config.latent_dim
+        noise = normals(purpose=Purpose.FLOW_NOISE, count=count, **address).unflatten(-1, (*shape, config.latent_dim))
+        return label.where(~dropped, config.null_class), times.transpose(0, 1).sigmoid(), noise.transpose(0, 1)
+
+    def pictures(self, averaged: SphereAR, batch) -> Tensor:
+        """Samples of the classes 0, 1, 2, … with guidance, the same noise every time."""
+        labels = torch.arange(PICTURES, device=self.device) % self.config.num_classes
+        with torch.random.fork_rng(), self.autocast:
+            torch.manual_seed(self.args.global_seed)
+            return averaged.generate(labels, **SAMPLE_SETTINGS)
+
+
+def compile_blocks(*modules: nn.Module) -> None:
+    """torch.compile each module in place: minutes less than compiling the whole, and gradients travel block by block."""
+    for module in modules:
+        module.compile()
+
+
+def check_same_run(path: Path, state: dict, args: argparse.Namespace, config: dict) -> None:
+    """Raises ValueError naming what differs between the run in --results-dir and this command."""
+    before, now = {**vars(state["args"]), "architecture": state["config"]}, {**vars(args), "architecture": config}
+    different = [name for name in before if name in now and name not in FREE and before[name] != now[name]]
+    if different:
+        changes = "; ".join(f"{name} was {before[name]}, now {now[name]}" for name in different)
+        raise ValueError(f"--results-dir {args.results_dir} holds another run ({path.name}): {changes}; "
+                         "give the same flags to continue it, or another folder")  # fmt: skip
+    if before["world_size"] != now["world_size"]:
+        print0(
+            f"continuing on {now['world_size']} processes a run of {before['world_size']}: same global batches, same random "
+            "numbers; sums over processes and batch norms of the discriminator differ, so not bit for bit the same"
+        )
+    if args.decay_start >= 0 and (before["epochs"], before["max_steps"]) != (now["epochs"], now["max_steps"]):
+        print0("continuing with another length: the learning rate follows the new schedule from here")
+
+
+def restore(checkpoints: CheckpointFolder, stage: Stage, ema: EMA | None, args: argparse.Namespace) -> int:
+    """Continue the run in --results-dir, if there is one; the number of updates it has made."""
+    found = None
+    if distributed.is_main():
+        checkpoints.clean()
+        found = checkpoints.latest_good()
+    path = distributed.gather_objects(found and found[0])[0]
+    if path is None:
+        return 0
+    state = found[1] if found else load(path)
+    check_same_run(path, state, args, config_to_dict(stage.config))
+    stage.load_state(state)
+    if ema is not None:
+        ema.load_state_dict(state["ema"])
+    torch.set_rng_state(state["rng"])
+    return state["step"]
+
+
+@torch.no_grad()
+def log_pictures(tracker: Tracker, stage: Stage, ema: EMA | None, batch, step: int) -> None:
+    """Pictures by a copy of the model with the averaged weights: training's own is never disturbed, nor compiled anew."""
+    averaged = copy.deepcopy(stage.trained).eval()
+    if ema is not None:
+        averaged.load_state_dict(ema.state_dict(), strict=False)
+    tracker.picture("pictures", stage.pictures(averaged, batch), step)
+
+
+def stop_if_broken(tracker: Tracker, checkpoints: CheckpointFolder, limit: int) -> bool:
+    """Whether the newest update was skipped. Raises FloatingPointError after `limit` of them in a row."""
+    skipped = tracker.count_skipped()
+    if skipped >= limit:
+        checkpoints.wait()
+        last = checkpoints.good[-1] if checkpoints.good else "none"
+        raise FloatingPointError(
+            f"{skipped} updates in a row were not finite (--max-skipped-steps {limit}); stopped. Last checkpoint, from "
+            f"before them: {last}. Continue with another --results-dir and a lower --lr, or without --mixed-precision"
+        )
+    return skipped > 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    device = distributed.init()
+    is_cuda = device.type == "cuda"
+    args.world_size = distributed.world_size()
+    args.mixed_precision = args.mixed_precision or ("bf16" if is_cuda else "none")
+    args.compile = is_cuda if args.compile is None else args.compile
+    if is_cuda:
+        torch.set_float32_matmul_precision("high")
+    elif args.mixed_precision == "fp16":
+        raise ValueError("--mixed-precision fp16: needs a GPU; take none or bf16")
+    torch.manual_seed(args.global_seed)
+
+    vae = None if args.vae_only else load_svae(args.trained_vae)
+    config = svae_config(args) if vae is None else ar_config(args, vae.config)
+    data = build_dataset(
+        args.data_path, (config if vae is None else config.svae).image_size,
+        num_classes=PRESETS[args.model].num_classes if args.num_classes is None else args.num_classes,
+        seed=args.global_seed, flip=not args.no_flip,
+    )  # fmt: skip
+    steps_per_epoch = len(data) // args.global_batch_size
+    total_steps = check_run(args, steps_per_epoch)
+    batch_size = args.global_batch_size // (args.world_size * args.grad_accum_steps)
+    stage = SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, device)
+    ema = EMA(stage.trained.named_parameters(), args.ema) if args.ema > 0 else None
+    results = Path(args.results_dir)
+    checkpoints = CheckpointFolder(results / "checkpoints", report=warn)
+    step = restore(checkpoints, stage, ema, args)
+
+    def state() -> dict:
+        """Everything of the run after `step` updates, under the published names where there are any."""
+        parts = stage.state()
+        averages = {} if ema is None else {"ema": parts["model"] | ema.state_dict()}
+        return {
+            **parts, **averages, "config": config_to_dict(config), "args": args, "rng": torch.get_rng_state(),
+            "step": step, "epochs": step // steps_per_epoch, "step_in_epoch": step % steps_per_epoch,
+            "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
+        }  # fmt: skip
+
+    tracker = Tracker(
+        results, step=step, total_steps=total_steps, steps_per_epoch=steps_per_epoch,
+        global_batch_size=args.global_batch_size,
+    )  # fmt: skip
+    trainable = sum(weight.numel() for weight in stage.trained.parameters() if weight.requires_grad)
+    tracker.print(
+        f"{args.model} {'S-VAE' if args.vae_only else 'AR'}: {trainable:,} trainable parameters, {args.mixed_precision}; "
+        f"{len(data):,} pictures, {steps_per_epoch} steps per epoch, {total_steps} steps, {step} of them done; batch "
+        f"{args.global_batch_size} = {args.world_size} x {device.type} x {args.grad_accum_steps} parts of {batch_size}"
+    )
+    loader = train_loader(
+        data, global_batch_size=args.global_batch_size, batch_size=batch_size, seed=args.global_seed, start_step=step,
+        num_steps=total_steps, rank=distributed.rank(), world_size=args.world_size, num_workers=args.num_workers,
+        aug_decay_start=args.aug_decay_start_epoch, aug_decay_end=args.aug_decay_end_epoch,
+        max_bad_share=args.max_bad_share, pin_memory=is_cuda, report=warn,
+    )  # fmt: skip
+    preemption = Preemption(rescue=lambda: checkpoints.save(state(), step) or checkpoints.wait())
+    parts, stopped = iter(loader), False
+
+    while step < total_steps and not stopped:
+        batches = [next(parts) for _ in range(loader.batches_per_step)]
+        lr = learning_rate(
+            step, lr=args.lr, min_lr=args.min_lr, warmup_steps=args.warmup_steps, decay_start=args.decay_start,
+            total_steps=total_steps,
+        )  # fmt: skip
+        set_lr(stage.optimizers, lr)
+        losses = stage.backward(batches, step)
+        with preemption.updating:  # a checkpoint is taken before or after, never within
+            norms = stage.update()
+            if ema is not None:
+                ema.update()
+            step += 1
+        indices = torch.cat([batch.index for batch in batches])
+        tracker.add(step, losses | norms, finite=norms["grad_norm"].isfinite(), indices=indices)
+
+        stopped = preemption.requested()
+        is_last, ends_epoch = step == total_steps, step % steps_per_epoch == 0
+        if step % args.log_every == 0 or is_last or stopped:
+            stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
+            tracker.log(step, lr)
+        if args.sample_every and step % args.sample_every == 0 and distributed.is_main():
+            log_pictures(tracker, stage, ema, batches[0], step)
+        if step % args.save_every == 0 or ends_epoch or is_last or stopped:
+            skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
+            if distributed.is_main() and (is_last or not skipping):
+                kept = ends_epoch and step // steps_per_epoch % args.keep_freq == 0
+                checkpoints.save(state(), step, step // steps_per_epoch if kept else None)
+
+    saved = checkpoints.wait()
+    preemption.close()
+    if stopped:
+        tracker.print(f"stopped by a signal after step {step}; the same command continues")
+    tracker.close()
+    distributed.barrier()
+    distributed.cleanup()
+    return preemption.exit_code if stopped else 0 if saved else 1
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")

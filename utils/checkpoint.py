@@ -1,0 +1,163 @@
+"""Checkpoints that cannot be lost: written beside, fsynced, renamed; verified before they are trusted.
+
+A checkpoint is one torch.save file (a zip whose members carry CRC32s) named step_00001234.pt, or
+step_00001234_epoch_0050.pt for one that is kept for good. `last.pt` is a symbolic link to the newest complete one.
+"""
+
+import argparse
+import os
+import re
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+NAME = re.compile(r"step_(\d{8,})(_epoch_\d{4,})?\.pt")
+
+
+def load(path: Path) -> dict:
+    """The dict in a checkpoint file, on the CPU. Executes nothing in it: plain values, tensors and Namespaces only."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_verified(path: Path) -> dict:
+    """`load`, after every byte of the file's contents agreed with its checksum.
+
+    Raises ValueError naming the file and what is wrong, whatever the damage.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"checksum of {damaged} does not match")
+        return load(path)
+    except Exception as error:  # zipfile and torch raise a dozen kinds for damaged or hostile files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: damaged or not a checkpoint ({reason})") from error
+
+
+def write(state: dict, path: Path) -> None:
+    """Put `state` at `path` completely or not at all, on the disk when this returns. Raises OSError or RuntimeError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        torch.save(state, temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def snapshot(value: object, copies: dict | None = None) -> object:
+    """A copy of nested dicts, lists and tuples with every tensor on the CPU; tensors that share memory still do."""
+    copies = {} if copies is None else copies
+    if isinstance(value, torch.Tensor):
+        key = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+        if value.numel() == 0 or key not in copies:
+            copies[key] = value.detach().to("cpu", copy=True)
+        return copies[key]
+    if isinstance(value, dict):
+        return {name: snapshot(item, copies) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item, copies) for item in value)
+    return value
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, written by one process.
+
+    The newest complete one and the one before it stay, and all that were saved with an epoch; older ones go.
+    `report` takes one line of text: damaged files that were skipped, saves that failed.
+    """
+
+    def __init__(self, folder: Path, report: Callable[[str], None] = print):
+        self.folder, self.report = folder, report
+        self.good: list[Path] = []  # complete ones that this process wrote or loaded, oldest first
+        self.failed = False  # whether the newest save failed
+        self.writer: threading.Thread | None = None
+
+    def found(self) -> list[tuple[int, Path]]:
+        """(step, path) of all checkpoints by name, newest first."""
+        matches = [(NAME.fullmatch(path.name), path) for path in self.folder.glob("step_*.pt")]
+        return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+    def latest_good(self) -> tuple[Path, dict] | None:
+        """The newest checkpoint that verifies; each damaged newer one is reported and skipped.
+
+        Raises ValueError when there are checkpoints and none of them is good.
+        """
+        found = self.found()
+        for _, path in found:
+            try:
+                state = load_verified(path)
+            except ValueError as error:
+                self.report(f"skipped a checkpoint: {error}")
+                continue
+            self.good.append(path)
+            return path, state
+        if found:
+            raise ValueError(f"--results-dir: none of the {len(found)} checkpoints in {self.folder} is readable")
+        return None
+
+    def clean(self) -> None:
+        """Make the folder, and remove what an interrupted save left in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob("*.tmp"):
+            left.unlink(missing_ok=True)
+
+    def save(self, state: dict, step: int, epoch: int | None = None) -> None:
+        """Copy `state` now, write it in the background; with `epoch`, for good. A failure is reported, not raised.
+
+        Waits for the save before, so at most one copy is in memory.
+        """
+        self.wait()
+        suffix = "" if epoch is None else f"_epoch_{epoch:04d}"
+        path = self.folder / f"step_{step:08d}{suffix}.pt"
+        self.writer = threading.Thread(target=self._write, args=(snapshot(state), path), daemon=True)
+        self.writer.start()
+
+    def wait(self) -> bool:
+        """Wait for the save under way; whether the newest save succeeded."""
+        if self.writer is not None:
+            self.writer.join()
+        return not self.failed
+
+    def _write(self, state: dict, path: Path) -> None:
+        try:
+            write(state, path)
+            self._point_last_to(path)
+        except (OSError, RuntimeError) as error:
+            self.failed = True
+            kept = self.good[-1] if self.good else "none yet"
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.report(f"could not save {path}: {reason}; training goes on, last good checkpoint: {kept}")
+            return
+        self.failed = False
+        self.good = [*(good for good in self.good[-1:] if good != path), path]
+        self._prune(path)
+
+    def _point_last_to(self, path: Path) -> None:
+        link = self.folder / f"last.pt.{os.getpid()}.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, self.folder / "last.pt")
+        sync(self.folder)
+
+    def _prune(self, newest: Path) -> None:
+        newest_step = int(NAME.fullmatch(newest.name)[1])
+        for step, path in self.found():
+            if step < newest_step and path not in self.good and not NAME.fullmatch(path.name)[2]:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""SIGTERM, SIGINT and SIGUSR1 as a request to stop between steps, with a way out for a step that does not end."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from utils import distributed
+
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+GRACE_SECONDS = 10.0  # torchrun kills 30 s after its SIGTERM; the checkpoint must be written by then
+
+
+class Preemption:
+    """Watches for the signals from a thread, so that a main thread inside compilation or a collective is no obstacle.
+
+    Asked between steps, `requested` says whether any process got a signal. When the main thread has not come back to
+    it within the grace period, the watcher itself calls `rescue` (on rank 0; the lock `updating` is held, so weights
+    and optimizers are those of a whole number of steps) and ends the process. Exit code: `exit_code`.
+    """
+
+    def __init__(self, rescue: Callable[[], None], grace_seconds: float = GRACE_SECONDS):
+        self.rescue, self.grace_seconds = rescue, grace_seconds
+        self.updating = threading.Lock()
+        self.received = 0  # signal number
+        self.seen = threading.Event()  # the main thread is on its way out
+        self.group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
+        self.pending: tuple[dist.Work, torch.Tensor] | None = None
+        self.reader, self.alarm = os.pipe()
+        os.set_blocking(self.alarm, False)
+        self.previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self.previous_wakeup = signal.set_wakeup_fd(self.alarm, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.received
+
+    def requested(self) -> bool:
+        """Whether to stop now: the same answer on every process, one call late, at no wait for the device."""
+        if self.group is None:
+            stop = bool(self.received)
+        else:
+            number = self._finish_pending()
+            stop = number > 0
+            self.received = self.received or number
+            flag = torch.tensor([self.received])
+            self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag
+        if stop:
+            self.seen.set()
+        return stop
+
+    def close(self) -> None:
+        """Back to the former handlers."""
+        self._finish_pending()
+        signal.set_wakeup_fd(self.previous_wakeup)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        os.close(self.alarm)
+
+    def _finish_pending(self) -> int:
+        if self.pending is None:
+            return 0
+        work, flag = self.pending
+        self.pending = None
+        work.wait()
+        return int(flag)
+
+    def _watch(self) -> None:
+        while self.received not in SIGNALS:
+            byte = os.read(self.reader, 1)
+            if not byte:
+                return
+            if byte[0] in SIGNALS:
+                self.received = byte[0]
+        is_main = distributed.is_main()
+        if self.seen.wait(self.grace_seconds if is_main else 2 * self.grace_seconds):
+            return
+        if is_main:
+            self.updating.acquire(timeout=self.grace_seconds)
+            self.rescue()
+        os._exit(self.exit_code)

@@ -1,0 +1,111 @@
+"""What a run reports: losses that stay on the device between log lines, one text line, TensorBoard."""
+
+import sys
+import time
+import types
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from utils import distributed
+
+
+def summary_writer(folder: Path, step: int):
+    """TensorBoard's writer for steps from `step` on; what an interrupted run wrote beyond is hidden.
+
+    TensorBoard imports the whole of TensorFlow where it is installed (7 s and a page of warnings) unless this module
+    of its own exists, which selects its built-in file system code.
+    """
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step)
+
+
+class Tracker:
+    """Means of what the steps report. Nothing waits for the device until `read`; then it is one transfer."""
+
+    def __init__(self, folder: Path, *, step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int):
+        self.total_steps, self.steps_per_epoch, self.global_batch_size = total_steps, steps_per_epoch, global_batch_size
+        self.writer = self.file = None
+        if distributed.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+            self.writer = summary_writer(folder / "tensorboard", step)
+        self.bar = tqdm(
+            total=total_steps, initial=step, unit="step", dynamic_ncols=True,
+            disable=None if distributed.is_main() else True,
+        )  # fmt: skip
+        self.sums: dict[str, torch.Tensor] = {}  # name -> (sum, count) of the finite values
+        self.steps: list[int] = []  # since the last read
+        self.indices: list[torch.Tensor] = []  # this process's pictures in each of them
+        self.finite: list[torch.Tensor] = []
+        self.skipped_in_a_row = 0
+        self.logged = step
+        self.started = time.perf_counter()
+
+    def add(self, step: int, metrics: dict[str, torch.Tensor], *, finite: torch.Tensor, indices: torch.Tensor) -> None:
+        """metrics: 0-dim tensors of update `step` (from 1); finite: whether it was made; indices: this process's pictures."""
+        for name, value in metrics.items():
+            value = value.detach().float()
+            ok = torch.isfinite(value)
+            pair = torch.stack([torch.where(ok, value, 0.0), ok.float()])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+        self.steps.append(step)
+        self.finite.append(finite)
+        self.indices.append(indices)
+        self.bar.update()
+
+    def count_skipped(self) -> int:
+        """Skipped updates in a row up to now, over all steps added. Reports each new one. Waits for the device."""
+        if not self.finite:
+            return self.skipped_in_a_row
+        for step, finite, indices in zip(self.steps, torch.stack(self.finite).tolist(), self.indices):
+            self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+            if not finite:
+                pictures = [i for part in distributed.gather_objects(indices.tolist()) for i in part]
+                self.print(f"step {step}: loss or gradient not finite, update skipped; pictures {pictures}")
+        self.steps, self.finite, self.indices = [], [], []
+        return self.skipped_in_a_row
+
+    def log(self, step: int, lr: float) -> dict[str, float]:
+        """One line and one TensorBoard entry for the steps since the last; `step` of them are complete."""
+        self.count_skipped()
+        seconds = time.perf_counter() - self.started
+        names = list(self.sums)
+        pairs = distributed.reduce_sum(torch.stack([self.sums[name] for name in names])).tolist()
+        means = {name: total / count if count else float("nan") for name, (total, count) in zip(names, pairs)}
+        means["lr"] = lr
+        means["images/s"] = (step - self.logged) * self.global_batch_size / seconds
+        if self.writer is not None:
+            for name, value in means.items():
+                self.writer.add_scalar(name, value, step)
+        epoch = (step - 1) // self.steps_per_epoch
+        values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        self.print(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  epoch {epoch}  {values}")
+        self.sums, self.logged = {}, step
+        self.started = time.perf_counter()
+        return means
+
+    def picture(self, name: str, images: torch.Tensor, step: int) -> None:
+        """A grid of images (N, 3, H, W) in [-1, 1] to TensorBoard, from rank 0."""
+        if self.writer is not None:
+            from torchvision.utils import make_grid
+
+            grid = make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=8)
+            self.writer.add_image(name, grid, step)
+
+    def print(self, text: str) -> None:
+        """A line above the progress bar and in log.txt, from rank 0."""
+        if self.file is not None:
+            tqdm.write(text)
+            sys.stdout.flush()
+            self.file.write(text + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+            self.file.close()
