@@ -8,7 +8,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.io import decode_jpeg
 
 MAX_PIXELS = 100_000_000  # more is a damaged header or an attack; ImageNet's largest has 61 million
@@ -34,6 +34,8 @@ def decode_exact(data: bytes, name: str = "") -> Image.Image:
             image = image.convert("RGB")  # loads; no copy where it is RGB already
     except MemoryError:
         raise
+    except UnidentifiedImageError:
+        raise BadPicture("corrupt: not the beginning of any picture format") from None
     except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
         raise BadPicture(f"corrupt or truncated: {error}") from error
     if reason is not None:

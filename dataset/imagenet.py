@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from dataset.decode import BadPicture, decode_exact, decode_fast
 from dataset.tar_index import PICTURE_SUFFIXES, load_index, member_name
-from dataset.transforms import center_window, crop_exact, crop_fast, draw, random_window
+from dataset.transforms import Window, center_window, crop_exact, crop_fast, draw, random_window
 
 MAX_REPLACEMENTS = 16  # bad pictures in a row
 
@@ -111,7 +112,9 @@ class FolderSource:
 class ImageDataset(Dataset):
     """uint8 pictures of S x S and labels; `fast` chooses the decoder and resizer of training pictures."""
 
-    def __init__(self, source: TarSource | FolderSource, image_size: int, seed: int, fast: bool, flip: bool):
+    def __init__(
+        self, source: TarSource | FolderSource, image_size: int, seed: int, fast: bool = True, flip: bool = True
+    ):
         self.source = source
         self.image_size = image_size
         self.seed = seed
@@ -160,18 +163,19 @@ class ImageDataset(Dataset):
         else:
             window = center_window(self.image_size, width, height)
         pixels = crop_fast(image, self.image_size, window) if self.fast else _to_tensor(image, self.image_size, window)
-        return (pixels.flip(-1) if self.flip and draws.flip else pixels).expand(3, -1, -1)
+        pixels = pixels.flip(-1) if self.flip and draws.flip else pixels
+        return pixels.expand(3, -1, -1).contiguous()
 
     def _centre_view(self, chosen: int) -> torch.Tensor:
         image = decode_exact(self.source.read(chosen), self.source.file_name(chosen))
-        return _to_tensor(image, self.image_size, center_window(self.image_size, *image.size))
+        return _to_tensor(image, self.image_size, center_window(self.image_size, *image.size)).contiguous()
 
     def _replacement(self, epoch: int, index: int, attempt: int) -> int:
         raw = np.random.Philox(key=[self.seed, 2], counter=[0, attempt, epoch, index]).random_raw()
         return int(raw) % len(self)
 
 
-def _to_tensor(image, size: int, window) -> torch.Tensor:
+def _to_tensor(image: Image.Image, size: int, window: Window) -> torch.Tensor:
     return torch.from_numpy(np.array(crop_exact(image, size, window))).permute(2, 0, 1)
 
 
@@ -183,13 +187,18 @@ def build_dataset(
     `fast` decodes and resizes training pictures by libjpeg-turbo and torch (else pixel-equal to ADM's chain).
     Raises ValueError, naming the flag, when the data are missing, of another form or of another number of classes.
     """
+    return ImageDataset(open_source(data_path, num_classes), image_size, seed, fast, flip)
+
+
+def open_source(data_path: str | Path, num_classes: int | None = None) -> TarSource | FolderSource:
+    """The pictures at `data_path`; see `build_dataset` for the errors. `num_classes` None: any number of classes."""
     path = Path(data_path).expanduser().resolve()
     if not path.exists():
         raise ValueError(f"--data-path {data_path}: no such file or folder")
     source = FolderSource(path) if path.is_dir() else TarSource(path)
-    if len(source.classes) != num_classes:
+    if num_classes is not None and len(source.classes) != num_classes:
         raise ValueError(
             f"--num-classes {num_classes}, but --data-path {data_path} holds {len(source.classes)} classes "
             f"({source.classes[0]} ... {source.classes[-1]}); set --num-classes {len(source.classes)}"
         )
-    return ImageDataset(source, image_size, seed, fast, flip)
+    return source

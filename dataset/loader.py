@@ -5,9 +5,7 @@ Nothing depends on the number of workers, and the global order on nothing but (s
 """
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -125,9 +123,9 @@ def train_loader(
     aug_decay_end: int = 375,
     max_bad_share: float = 0.001,
     pin_memory: bool = False,
-    report: Callable[[str], None] = partial(print, file=sys.stderr, flush=True),
+    report: Callable[[str], None] = print,
 ) -> TrainLoader:
-    """Micro-batches of `batch_size` pictures for steps start_step .. num_steps - 1; an epoch's incomplete step is left out.
+    """Micro-batches of `batch_size` pictures for steps start_step .. num_steps - 1 (incomplete ones left out).
 
     global_batch_size = world_size * batch_size * gradient accumulation. `report` gets one line per bad picture.
     Raises ValueError, naming the flag, when the numbers do not fit; while iterating, when too many pictures are bad.

@@ -1,0 +1,246 @@
+"""The tar index: right bytes, clear errors, and a file that survives races, damage and replaced tars."""
+
+import multiprocessing
+import os
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from dataset_tars import class_tars, picture, small_classes, tar_bytes
+
+from dataset import build_dataset, tar_index
+from dataset.imagenet import open_source
+from dataset.tar_index import build_index, load_index
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPHEREAR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tar(tmp_path):
+    return class_tars(tmp_path / "train.tar", small_classes())
+
+
+def stored(tar):
+    return tar.with_name(tar.name + ".index.npz")
+
+
+def contents(source):
+    return {f"{source.classes[label(source, i)]}/{source.file_name(i)}": source.read(i) for i in range(len(source))}
+
+
+def label(source, index):
+    return int(np.searchsorted(source.ends, index, side="right"))
+
+
+def expected(classes):
+    return {f"{name}/{file}": content for name, files in classes.items() for file, content in files.items()}
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_every_picture_is_found_with_its_bytes_and_class(tmp_path, form):
+    classes = small_classes()
+    if form != tarfile.USTAR_FORMAT:
+        long = "deep/" * 25 + "ünder/" + "n00000001_long.JPEG"  # a GNU "L" or a pax "path" record
+        classes["n00000001"] |= {long: picture(5)}
+    classes["n00000002"] |= {"._n00000002_1.JPEG": b"resource fork", "readme.txt": b"no picture"}
+    shuffled = dict(sorted(classes.items(), reverse=True))  # labels are ranks of the names, not of the places
+    source = open_source(class_tars(tmp_path / "train.tar", shuffled, form), 3)
+    assert source.classes == ["n00000000", "n00000001", "n00000002"]
+    found = contents(source)
+    assert len(found) == len(source) == 24 + (form != tarfile.USTAR_FORMAT)
+    for name, content in expected(small_classes()).items():
+        assert found[name] == content
+    if form != tarfile.USTAR_FORMAT:
+        assert picture(5) in found.values()
+
+
+def test_numbers_over_8_gib_are_read_in_base_256():
+    info = tarfile.TarInfo("big")
+    info.size = 9 * 2**30
+    assert tar_index._number(info.tobuf(tarfile.GNU_FORMAT)[124:136]) == info.size
+
+
+def test_a_folder_of_class_folders_reads_the_same(tmp_path):
+    classes = small_classes()
+    for name, files in classes.items():
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for file, content in files.items():
+            (tmp_path / "train" / name / file).write_bytes(content)
+    source = open_source(tmp_path / "train")
+    assert contents(source) == expected(classes)
+    assert [label(source, i) for i in range(24)] == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_payloads_are_not_read(tar, monkeypatch):
+    asked = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: asked.append(size) or pread(fd, size, offset))
+    build_index(tar)
+    assert max(asked) == 512 and len(asked) < 24 + 3 + 8
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "an empty file"),
+        (tar_bytes({}), "an empty tar"),
+        (tar_bytes({"a.JPEG": picture(0)}), "a flat tar (a.JPEG lies directly in it)"),
+        (b"\x1f\x8b" + bytes(range(256)) * 8, "compressed or not a tar"),
+        (tar_bytes({"n0.tar": tar_bytes({"readme": b"x"})}), "class n0 holds no pictures"),
+        (tar_bytes({"a/n0.tar": tar_bytes({"0.JPEG": b"x"}), "b/n0.tar": b""}), "two class tars are named n0"),
+        (tar_bytes({"n0.tar": tar_bytes({"0.JPEG": picture(0)})[:1024]}), "class n0: truncated"),
+    ],
+)
+def test_unusable_tars_are_named(tmp_path, content, says):
+    path = tmp_path / "train.tar"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="--data-path") as error:
+        build_dataset(path, 32, num_classes=1, seed=0)
+    assert says in str(error.value)
+    assert not stored(path).exists()
+
+
+def test_a_tar_cut_anywhere_is_refused(tar):
+    whole = tar.read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    for length in [1, 511, 512, 513, 700, end // 3, end // 2, end - 1, (end + 511) // 512 * 512]:
+        tar.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"--data-path .*(truncated|damaged)"):
+            build_index(tar)
+
+
+def test_a_damaged_header_is_refused(tar):
+    whole = bytearray(tar.read_bytes())
+    place = whole.index(b"n00000001_3.JPEG")
+    for offset in (0, 100, 124, 130, 150):  # name, mode, size, size, checksum
+        damaged = whole.copy()
+        damaged[place + offset] ^= 0x41
+        tar.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"--data-path .*class n00000001"):
+            build_index(tar)
+
+
+def test_wrong_places_and_class_counts_are_named(tar, tmp_path):
+    with pytest.raises(ValueError, match=r"--num-classes 1000, .* holds 3 classes .* set --num-classes 3"):
+        build_dataset(tar, 32, num_classes=1000, seed=0)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        build_dataset(tmp_path / "absent.tar", 32, num_classes=3, seed=0)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="without class folders"):
+        build_dataset(tmp_path / "folder", 32, num_classes=3, seed=0)
+    (tmp_path / "folder" / "n0").mkdir()
+    with pytest.raises(ValueError, match="class folder n0 holds no pictures"):
+        build_dataset(tmp_path / "folder", 32, num_classes=3, seed=0)
+
+
+def test_the_stored_index_is_used_until_the_tar_changes(tar, monkeypatch):
+    built = []
+    build = tar_index.build_index
+    monkeypatch.setattr(tar_index, "build_index", lambda path: built.append(path) or build(path))
+    first = load_index(tar)
+    again = load_index(tar)
+    assert len(built) == 1
+    for one, other in zip(first, again):
+        assert np.array_equal(one, other)
+    os.utime(tar, ns=(0, time.time_ns() - 10**9))  # other time
+    load_index(tar)
+    assert len(built) == 2
+    class_tars(tar, small_classes(4))  # other tar
+    assert len(load_index(tar).classes) == 4 and len(built) == 3
+
+
+def test_a_tar_replaced_with_the_same_size_and_time_is_noticed(tar):
+    load_index(tar)
+    before = tar.stat()
+    files = small_classes()
+    files["n00000000"]["n00000000_0.JPEG"] += bytes(1024)  # what follows moves by two blocks
+    moved = tar_bytes({f"{name}.tar": tar_bytes(content) for name, content in files.items()})
+    tar.write_bytes(moved[: before.st_size].ljust(before.st_size, b"\0"))
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert contents(open_source(tar)) == expected(files)
+
+
+def test_every_damage_to_the_index_file_is_noticed(tar):
+    whole = load_index(tar)
+    good = stored(tar).read_bytes()
+    damaged = [b"", good[:10], good[: len(good) // 2], good[:-1], b"\x80\x04pickle" + good]
+    for place in np.linspace(0, len(good) - 1, 60).astype(int):
+        damaged.append(good[:place] + bytes([good[place] ^ 0x55]) + good[place + 1 :])
+    for content in damaged:
+        stored(tar).write_bytes(content)
+        for one, other in zip(load_index(tar), whole):
+            assert np.array_equal(one, other)
+    assert stored(tar).read_bytes()[:2] == b"PK"
+
+
+def test_the_index_file_holds_no_pickle(tar):
+    load_index(tar)
+    with np.load(stored(tar), allow_pickle=False) as file:
+        assert all(file[name].dtype != object for name in file.files)
+
+
+def test_read_only_folders_use_the_cache(tar, cache):
+    stored(tar).mkdir()  # nothing can be stored there, even by root
+    first = load_index(tar)
+    assert [file.name.split(".")[-2:] for file in cache.iterdir()] == [["index", "npz"]]
+    assert np.array_equal(load_index(tar).offsets, first.offsets)
+    cache_file = next(cache.iterdir())
+    cache_file.unlink()
+    cache.rmdir()
+    cache.write_text("a file where a folder should be")
+    with pytest.raises(ValueError, match=r"stored nowhere .* set SPHEREAR_CACHE"):
+        load_index(tar)
+
+
+def test_no_temporary_file_is_left_when_storing_fails(tar, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(ValueError, match="No space left on device"):
+        load_index(tar)
+    assert sorted(file.name for file in tar.parent.iterdir()) == ["cache", "train.tar"]
+
+
+def _start(tar, barrier, results):
+    builds = []
+    build = tar_index.build_index
+
+    def slow(path):
+        builds.append(path)
+        time.sleep(0.3)
+        return build(path)
+
+    tar_index.build_index = slow
+    barrier.wait()
+    pictures = len(load_index(tar).offsets)
+    results.put((pictures, len(builds)))
+
+
+def test_eight_processes_at_once_build_once(tar):
+    stored(tar).write_bytes(b"PK half-written")
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(8), context.Queue()
+    processes = [context.Process(target=_start, args=(tar, barrier, results)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    answers = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert [pictures for pictures, _ in answers] == [24] * 8
+    assert sum(builds for _, builds in answers) == 1
+
+
+def test_memory_and_file_of_imagenet_size(tmp_path, tar):
+    pictures = 1_281_167
+    offsets = np.arange(pictures) * 1024
+    index = tar_index.TarIndex(["n"], np.array([pictures]), offsets, np.zeros(pictures, np.uint32))
+    assert index.offsets.nbytes + index.sizes.nbytes < 20e6
+    tar_index._store(index, tar, tar.stat())
+    assert stored(tar).stat().st_size < 40e6
+    stored(tar).unlink()
