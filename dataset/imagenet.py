@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     image: torch.Tensor  # uint8 (3, S, S)    batch: (b, 3, S, S)
     label: int  #                             batch: int64 (b,)
     index: int  # place in the data set       batch: int64 (b,)
-    bad: str  # "" or "NAME: reason" of the picture that this one replaces; batch: list of str
+    bad: str  # "" or "NAME: reason" of the picture that this one replaces; batch: tuple of str
 
 
 class TarSource:

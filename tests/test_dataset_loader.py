@@ -58,7 +58,7 @@ def test_batches_are_uint8_and_contiguous(data):
     for workers in (0, 1):
         batch = load(data, num_steps=1, num_workers=workers)[0]
         assert batch.image.dtype == torch.uint8 and batch.image.shape == (8, 3, SIZE, SIZE)
-        assert batch.image.is_contiguous() and batch.label.dtype == torch.int64 and batch.bad == [""] * 8
+        assert batch.image.is_contiguous() and batch.label.dtype == torch.int64 and list(batch.bad) == [""] * 8
         assert [data.label(int(i)) for i in batch.index] == batch.label.tolist()
 
 
