@@ -5,16 +5,18 @@ Parameter names of the released checkpoints.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.flow import guide, integrate, interpolate, time_grid
+from models.flow import guide, integrate, interpolate, step, time_grid
 
 TIME_FREQUENCIES = 256
+MODULATION_ROWS = 8192  # rows of adaLN parameters computed at a time while sampling
+
+Modulation = tuple[Tensor, ...]  # per adaLN set (..., 3W): scale, shift, gate; then the final layer's (..., 2W)
 
 
 def sinusoid(t: Tensor) -> Tensor:
@@ -56,13 +58,12 @@ class FinalLayer(nn.Module):
         self.ada_ln_modulation = nn.Linear(width, 2 * width)
         self.linear = nn.Linear(width, out_channels)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        scale, shift = self.ada_ln_modulation(y).chunk(2, dim=-1)
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return self.linear(self.norm(x) * (1 + scale) + shift)
 
 
 class VelocityMLP(nn.Module):
-    """The network: velocity (N, C) at x (N, C), given the sum of time and condition embeddings (N, W)."""
+    """The network: velocity (N, C) at x (N, C), given the adaLN parameters of its time and condition."""
 
     def __init__(self, latent_dim: int, condition_width: int, width: int, num_blocks: int, adaln_sets: int):
         super().__init__()
@@ -85,14 +86,19 @@ class VelocityMLP(nn.Module):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        y = F.silu(embedding)  # (N, W)
+    def modulation(self, embedding: Tensor) -> Modulation:
+        """adaLN parameters of the sum of time and condition embeddings (..., W): all that does not depend on x."""
+        y = F.silu(embedding)
+        return *(ada_ln(y) for ada_ln in self.ada_ln_blocks), self.final_layer.ada_ln_modulation(y)
+
+    def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
+        *sets, final = modulation
         x = self.input_proj(x)
-        for j, ada_ln in enumerate(self.ada_ln_blocks):
-            scale, shift, gate = ada_ln(y).chunk(3, dim=-1)  # one set serves consecutive blocks
+        for j, parameters in enumerate(sets):
+            scale, shift, gate = parameters.chunk(3, dim=-1)  # one set serves consecutive blocks
             for block in self.res_blocks[j * self.blocks_per_set : (j + 1) * self.blocks_per_set]:
                 x = block(x, scale, shift, gate)
-        return self.final_layer(x, y)
+        return self.final_layer(x, *final.chunk(2, dim=-1))
 
 
 class DiffusionHead(nn.Module):
@@ -101,10 +107,11 @@ class DiffusionHead(nn.Module):
     def __init__(self, latent_dim: int, condition_width: int, width: int, num_blocks: int, adaln_sets: int):
         super().__init__()
         self.net = VelocityMLP(latent_dim, condition_width, width, num_blocks, adaln_sets)
+        self.step = step  # here, so that a script can put a compiled one in its place
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity at x (N, C), times t (N,), condition (N, D)."""
-        return self.net(x, self.net.time_embed(t) + self.net.cond_embed(condition))
+        return self.net(x, self.net.modulation(self.net.time_embed(t) + self.net.cond_embed(condition)))
 
     def loss(self, target: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Flow-matching loss, float32 scalar: mean ‖velocity(x_t) − (target − noise)‖² over all elements.
@@ -115,32 +122,38 @@ class DiffusionHead(nn.Module):
         target, noise, t = target.float(), noise.float(), t.float()
         x_t = interpolate(noise, target, t.unsqueeze(-1))
         embedding = self.net.time_embed(t) + self.net.cond_embed(condition)  # (M, B, P, W)
-        return F.mse_loss(self.net(x_t, embedding).float(), target - noise)
+        return F.mse_loss(self.net(x_t, self.net.modulation(embedding)).float(), target - noise)
+
+    def embed_times(self, num_sampling_steps: int, last_step_size: float) -> Tensor:
+        """Embeddings (steps + 1, W) of the times at which `sample` evaluates the velocity: once per generation."""
+        times, _ = time_grid(num_sampling_steps, last_step_size)
+        return self.net.time_embed(torch.tensor(times, device=self.net.input_proj.weight.device))
 
     def sample(
         self,
         condition: Tensor,
         noise: Tensor,
+        time_embedding: Tensor,
         scale: float | Tensor | None = None,
         last_step_size: float = 0.04,
         sampler: str = "sde",
     ) -> Tensor:
-        """Unprojected tokens (N, C) from noise (steps + 1, N, C).
+        """Unprojected tokens (N, C) from noise (steps + 1, N, C) and the `embed_times` of the same steps.
 
         condition: (N, D); with guidance (`scale` given) (2N, D), the null rows behind the class rows: both see the
         same x.
         """
-        times, _ = time_grid(len(noise) - 1, last_step_size)
-        time_embedding = self.net.time_embed(torch.tensor(times, device=noise.device))  # (steps + 1, W)
-        return integrate(self._velocity_at(time_embedding, condition, scale), noise, last_step_size, sampler)
-
-    def _velocity_at(self, time_embedding: Tensor, condition: Tensor, scale) -> Callable[[Tensor, int], Tensor]:
-        condition_embedding = self.net.cond_embed(condition)
+        condition_embedding = self.net.cond_embed(condition)  # (N or 2N, W)
+        chunk = max(1, MODULATION_ROWS // len(condition))
+        modulations: list[Modulation] = []
 
         def unguided(x: Tensor, k: int) -> Tensor:
-            return self.net(x, time_embedding[k] + condition_embedding)
+            if k % chunk == 0:  # what does not depend on x: one large product for many steps
+                parts = self.net.modulation(time_embedding[k : k + chunk, None] + condition_embedding)
+                modulations[:] = zip(*parts)
+            return self.net(x, modulations[k % chunk])
 
         def guided(x: Tensor, k: int) -> Tensor:
             return guide(*unguided(torch.cat([x, x]), k).chunk(2), scale)
 
-        return unguided if scale is None else guided
+        return integrate(unguided if scale is None else guided, noise, last_step_size, sampler, self.step)

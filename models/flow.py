@@ -45,26 +45,38 @@ def time_grid(num_sampling_steps: int, last_step_size: float) -> tuple[list[floa
     return [k * dt for k in range(num_sampling_steps + 1)], dt
 
 
+def step(sampler: str, x: Tensor, velocity: Tensor, noise: Tensor, t: float | Tensor, dt: float) -> Tensor:
+    """One step from t to t + dt, in float32.
+
+    "sde" is Euler–Maruyama on dx = (v + (1 − t)·score) dt + √(2(1 − t)) dw, whose drift is (1 + t)·v − x; "ode" is
+    Euler on v.
+    """
+    v = velocity.float()
+    if sampler == "sde":
+        return x + ((1 + t) * v - x) * dt + (2 * (1 - t) * dt) ** 0.5 * noise
+    return x + v * dt
+
+
 def integrate(
-    velocity: Callable[[Tensor, int], Tensor], noise: Tensor, last_step_size: float, sampler: str = "sde"
+    velocity: Callable[[Tensor, int], Tensor],
+    noise: Tensor,
+    last_step_size: float,
+    sampler: str = "sde",
+    step: Callable[..., Tensor] = step,
 ) -> Tensor:
-    """Follow the flow from noise to data.
+    """Follow the flow from noise to data, by `step`s and a last plain Euler step of `last_step_size`.
 
     velocity(x, k): the (guided) velocity at x (N, C) and the k-th time of `time_grid`. noise: (steps + 1, N, C), the
-    start and then one tensor per step. "sde" is Euler–Maruyama on dx = (v + (1 − t)·score) dt + √(2(1 − t)) dw,
-    whose drift is (1 + t)·v − x; "ode" is Euler on v. Both end with one plain Euler step of `last_step_size`.
+    start and then one tensor per step. Nothing waits for the device: a whole integration can become one CUDA graph.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    times, dt = time_grid(len(noise) - 1, last_step_size)
+    last, (_, dt) = len(noise) - 1, time_grid(len(noise) - 1, last_step_size)
+    times = dt * torch.arange(last, dtype=noise.dtype, device=noise.device)
     x = noise[0]
-    for k, t in enumerate(times[:-1]):
-        v = velocity(x, k).float()
-        if sampler == "sde":
-            x = x + ((1 + t) * v - x) * dt + (2 * (1 - t) * dt) ** 0.5 * noise[k + 1]
-        else:
-            x = x + v * dt
-    return x + last_step_size * velocity(x, len(times) - 1).float()
+    for k in range(last):
+        x = step(sampler, x, velocity(x, k), noise[k + 1], times[k], dt)
+    return x + last_step_size * velocity(x, last).float()
 
 
 def logit_normal_times(normals: Tensor) -> Tensor:

@@ -60,27 +60,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tenso
 
 
 class KVCache:
-    """Keys and values of every layer for one generation, (layers, B, L, H, K), allocated once in the compute dtype."""
+    """Keys and values of every layer for one generation, (layers, B, L, H, K) in the compute dtype, allocated once."""
 
-    def __init__(self, layers: int, rows: int, length: int, heads: int, head_dim: int, dtype: torch.dtype, device):
-        self.keys = torch.zeros(layers, rows, length, heads, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        self.length = length
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
 
-    def update(self, layer: int, position: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k, v (B, n, H, K) at `position`… and return the keys, values and mask to attend over.
+    def first(self, length: int) -> "KVCache":
+        """The same memory, as a cache of the first `length` positions."""
+        return KVCache(self.keys[:, :, :length], self.values[:, :, :length])
 
-        An int position gives exact slices and no mask; a 0-dim tensor (n = 1) keeps every shape static: the whole
-        cache and a mask, as CUDA graphs need.
-        """
-        keys, values = self.keys[layer], self.values[layer]
-        if isinstance(position, int):
-            end = position + k.shape[1]
-            keys[:, position:end], values[:, position:end] = k, v
-            return keys[:, :end], values[:, :end], None
-        keys.index_copy_(1, position.view(1), k.to(keys.dtype))
-        values.index_copy_(1, position.view(1), v.to(values.dtype))
-        return keys, values, (torch.arange(self.length, device=k.device) <= position).view(1, 1, 1, -1)
+    def layer(self, i: int) -> "LayerCache":
+        return self.keys[i], self.values[i]
+
+
+LayerCache = tuple[Tensor, Tensor]  # keys and values of one layer, each (B, L, H, K)
+
+
+def extend(cache: LayerCache, position: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Store k, v (B, n, H, K) at `position`… and return the keys, values and mask to attend over.
+
+    An int position gives exact slices and no mask; a 0-dim tensor (n = 1) keeps every shape static: the whole cache
+    and a mask, as CUDA graphs need.
+    """
+    keys, values = cache
+    if isinstance(position, int):
+        end = position + k.shape[1]
+        keys[:, position:end], values[:, position:end] = k, v
+        return keys[:, :end], values[:, :end], None
+    keys.index_copy_(1, position.view(1), k.to(keys.dtype))
+    values.index_copy_(1, position.view(1), v.to(values.dtype))
+    return keys, values, (torch.arange(keys.shape[1], device=k.device) <= position).view(1, 1, 1, -1)
 
 
 class Attention(nn.Module):
@@ -90,12 +99,12 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(width, 3 * width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, causal: bool, cache: KVCache | None, layer: int, position) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, causal: bool, cache: LayerCache | None, position) -> Tensor:
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each (B, L, H, K)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         mask = None
         if cache is not None:
-            k, v, mask = cache.update(layer, position, k, v)
+            k, v, mask = extend(cache, position, k, v)
             q = q.to(k.dtype)
         return self.wo(attention(q, k, v, causal, mask).flatten(2))
 
@@ -127,11 +136,10 @@ class Block(nn.Module):
         x: Tensor,
         rope: Tensor,
         causal: bool = False,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: LayerCache | None = None,
         position: int | Tensor = 0,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, causal, cache, layer, position)
+        x = x + self.attention(self.attention_norm(x), rope, causal, cache, position)
         return x + self.feed_forward(self.ffn_norm(x))
 
 

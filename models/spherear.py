@@ -133,21 +133,23 @@ class SphereAR(nn.Module):
     # ---- generation -----------------------------------------------------------------------------------------------
 
     def new_cache(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> KVCache:
-        """An empty KV cache for one generation of `rows` rows."""
+        """An empty KV cache for one generation of `rows` rows; its length is a multiple of 8, for masked attention."""
         c = self.config
-        return KVCache(c.num_layers, rows, len(self.rope), c.num_heads, c.width // c.num_heads, dtype, device)
+        shape = c.num_layers, rows, -(-len(self.rope) // 8) * 8, c.num_heads, c.width // c.num_heads
+        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
     def prefill(self, labels: Tensor, cache: KVCache) -> Tensor:
         """Read the class tokens of labels (N,) into the cache; the condition (N, D) of token 0."""
         x = self.emb_norm(self._class_tokens(labels))
         for i, layer in enumerate(self.layers):
-            x = layer(x, self.rope[: x.shape[1]], causal=True, cache=cache, layer=i)
+            x = layer(x, self.rope[: x.shape[1]], causal=True, cache=cache.layer(i))
         return self.norm(x[:, -1]) + self.pos_for_diff.weight[0]
 
     def decode_step(self, tokens: Tensor, position: int | Tensor, cache: KVCache) -> Tensor:
         """Read the tokens (N, C) at `position`; the condition (N, D) of the token at position + 1.
 
-        A 0-dim tensor as position keeps all shapes static (see KVCache.update).
+        A 0-dim tensor as position keeps all shapes static (see `extend`); the cache may then be any `first` part
+        that reaches beyond it.
         """
         index = self.config.num_class_tokens + position
         if isinstance(position, int):
@@ -158,7 +160,7 @@ class SphereAR(nn.Module):
         x = self.proj_in(tokens).to(embedding.dtype).unsqueeze(1)  # (N, 1, D), float32 under autocast as in training
         x = self.emb_norm(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, cache=cache, layer=i, position=index)
+            x = layer(x, rope, cache=cache.layer(i), position=index)
         return self.norm(x[:, 0]) + embedding
 
     @torch.no_grad()
@@ -190,13 +192,15 @@ class SphereAR(nn.Module):
 
         dtype = torch.get_autocast_dtype(labels.device.type) if torch.is_autocast_enabled(labels.device.type) else None
         cache = self.new_cache(len(rows), dtype or self.proj_in.weight.dtype, labels.device)
+        time_embedding = self.head.embed_times(num_sampling_steps, last_step_size)
         tokens = []
         condition = self.prefill(rows, cache)
         for position in range(config.num_tokens):
             scale = guidance_at(position, config.num_tokens, cfg_scale, cfg_schedule)
             # As in the released code: where the scale is exactly 1 (token 0), the null rows draw a token of their own.
             draws = noise(position, batch if scale > 1 else len(rows))
-            token = self.head.sample(condition, draws, scale if scale > 1 else None, last_step_size, sampler)
+            guidance = scale if scale > 1 else None
+            token = self.head.sample(condition, draws, time_embedding, guidance, last_step_size, sampler)
             token = project_to_sphere(token, config.radius)
             tokens.append(token[:batch])
             if position + 1 < config.num_tokens:
