@@ -77,8 +77,3 @@ def integrate(
     for k in range(last):
         x = step(sampler, x, velocity(x, k), noise[k + 1], times[k], dt)
     return x + last_step_size * velocity(x, last).float()
-
-
-def logit_normal_times(normals: Tensor) -> Tensor:
-    """Training times t = sigmoid(n) of standard normals n."""
-    return torch.sigmoid(normals)

@@ -133,10 +133,7 @@ class PowerSpherical(Distribution):
 
 def _reflect_e1_to(mu: Tensor, y: Tensor) -> Tensor:
     """Householder reflection that takes e1 to mu, applied to y (..., C); the identity where mu is e1."""
-    first, rest = mu[..., :1], mu[..., 1:]
-    # 1 - mu_1 without cancellation near e1: on the sphere it equals |rest|^2 / (1 + mu_1)
-    one_minus_first = torch.where(first > 0, rest.square().sum(-1, keepdim=True) / (1 + first.abs()), 1 - first)
-    difference = torch.cat([one_minus_first, -rest], dim=-1)
+    difference = F.pad(torch.ones_like(mu[..., :1]), (0, mu.shape[-1] - 1)) - mu
     at_e1 = difference.detach().abs().sum(-1, keepdim=True) < 1e-6
     u = F.normalize(torch.where(at_e1, torch.ones_like(difference), difference), dim=-1)
     return torch.where(at_e1, y, y - 2 * (y * u).sum(-1, keepdim=True) * u)
