@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .inception import BLOCKS, NUM_LOGITS, POOL_DIM, ConvParameters, Inception
+from models.inception import BLOCKS, NUM_LOGITS, POOL_DIM, ConvParameters, Inception
 
 ORIGINAL = "classify_image_graph_def.pb"
 ORIGINAL_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{ORIGINAL}"

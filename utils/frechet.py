@@ -1,0 +1,82 @@
+"""Fréchet distance and Inception Score on arrays of Inception features.
+
+Legend: N images, D feature channels (2048 pool, 2023 spatial). Statistics are float64.
+Sources: Heusel et al., arXiv:1706.08500 (FID); Nash et al., arXiv:2103.03841 (sFID); Salimans et al.,
+arXiv:1606.03498 (Inception Score); in the protocol of Dhariwal & Nichol, arXiv:2105.05233.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INCEPTION_SCORE_BLOCK = 5000  # the protocol's: the score is the mean over consecutive blocks
+
+
+@dataclass
+class Moments:
+    """Running count, sum (D,) and sum of outer products (D, D), float64: all that mean and covariance need."""
+
+    count: int
+    total: Tensor
+    outer: Tensor
+
+    @classmethod
+    def zeros(cls, dim: int, device: torch.device | str = "cpu") -> "Moments":
+        """Of no features of D channels."""
+        options = {"dtype": torch.float64, "device": device}
+        return cls(0, torch.zeros(dim, **options), torch.zeros(dim, dim, **options))
+
+    def add(self, features: Tensor) -> None:
+        """Take in features (n, D). Equal calls in equal order give equal bits."""
+        features = features.double()
+        self.count += len(features)
+        self.total += features.sum(dim=0)
+        self.outer.addmm_(features.T, features)
+
+    def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (D,) and covariance (D, D) with N - 1, as np.cov. Raises ValueError for fewer than 2 features."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        mean = self.total / self.count
+        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return mean.cpu().numpy(), covariance.cpu().numpy()
+
+
+def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
+    """|mean1 - mean2|^2 + tr covariance1 + tr covariance2 - 2 tr (covariance1 covariance2)^(1/2); Heusel et al., eq. 6.
+
+    Means (D,), covariances (D, D), float64. The last trace, which the published evaluator takes from
+    scipy.linalg.sqrtm, is the sum of the roots of the eigenvalues of a symmetric matrix: equal to 1e-11 where both
+    covariances have full rank (N > D), to about 1e-7 elsewhere, where sqrtm itself is that far from the exact value.
+    """
+    mean1, covariance1, mean2, covariance2 = (
+        torch.as_tensor(value, dtype=torch.float64) for value in (mean1, covariance1, mean2, covariance2)
+    )
+    difference = mean1 - mean2
+    root = trace_of_root(covariance1, covariance2)
+    return (difference @ difference + covariance1.trace() + covariance2.trace() - 2 * root).item()
+
+
+def trace_of_root(covariance1: Tensor, covariance2: Tensor) -> Tensor:
+    """tr (covariance1 covariance2)^(1/2) of two covariances (D, D), float64."""
+    root, failed = torch.linalg.cholesky_ex(covariance1)
+    if failed:  # not of full rank
+        values, vectors = torch.linalg.eigh(covariance1)
+        root = vectors * values.clamp(min=0).sqrt()
+    return torch.linalg.eigvalsh(root.T @ covariance2 @ root).clamp(min=0).sqrt().sum()
+
+
+def inception_score(logits: Tensor, block: int = INCEPTION_SCORE_BLOCK) -> float:
+    """Mean over consecutive blocks of exp(mean KL(p(class | image) | p(class in the block))); Salimans et al.
+
+    Logits (N, classes) in the order of the file: on a file sorted by class the score is far smaller. A short last
+    block counts as one.
+    """
+    scores = []
+    for part in logits.split(block):
+        log_p = torch.log_softmax(part.double(), dim=1)  # a float32 softmax underflows at gaps of 103
+        log_mean = torch.logsumexp(log_p, dim=0) - np.log(len(part))
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp())
+    return torch.stack(scores).mean().item()

@@ -1,0 +1,88 @@
+"""Improved precision and recall on Inception features, with the float16 distances of the published evaluator.
+
+Legend: N features, D channels. Source: Kynkäänniemi et al., arXiv:1904.06991; the third neighbour, squared Euclidean
+distances and float16 as in the protocol of Dhariwal & Nichol, arXiv:2105.05233.
+
+The published evaluator computes distances in float16 on whatever device it runs, block by block, and a block with a
+value that is not finite again in float32. Rounding to float16 moves the result by 1e-3 to 5e-3.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from utils import distributed
+
+NEIGHBOUR = 3  # number 0 is the feature itself
+BLOCK = 10_000  # rows and columns of one distance matrix of the published evaluator
+STRIP = 1_000  # rows of a block computed at once; strips are what processes share out
+
+
+def precision_recall(reference: Tensor, samples: Tensor, *, half: bool = True) -> tuple[float, float]:
+    """Precision: the share of samples inside any reference ball. Recall: of references inside any sample ball.
+
+    Features (N, D) float32, the same on every process; a ball reaches to the third neighbour of its own set, border
+    included. `half` rounds distances as the published evaluator does. Equal on any number of processes. Raises
+    ValueError for fewer than 4 features.
+    """
+    for name, features in (("reference", reference), ("sample", samples)):
+        if len(features) <= NEIGHBOUR:
+            raise ValueError(f"precision and recall need at least {NEIGHBOUR + 1} {name} images, got {len(features)}")
+    reference_radii, sample_radii = radii(reference, half), radii(samples, half)
+    reference_inside = torch.zeros(len(reference), device=reference.device)
+    samples_inside = torch.zeros(len(samples), device=samples.device)
+    for rows, columns, distances in distance_strips(reference, samples, half):
+        reference_inside[rows] += (distances <= sample_radii[columns]).any(dim=1)
+        samples_inside[columns] += (distances <= reference_radii[rows, None]).any(dim=0)
+    precision = (distributed.reduce_sum(samples_inside) > 0).double().mean()
+    recall = (distributed.reduce_sum(reference_inside) > 0).double().mean()
+    return precision.item(), recall.item()
+
+
+def radii(features: Tensor, half: bool) -> Tensor:
+    """Squared distance (N,) of every feature to its third neighbour."""
+    nearest = torch.full((len(features), NEIGHBOUR + 1), torch.inf, device=features.device)
+    mine = torch.zeros(len(features), device=features.device)
+    for rows, _, distances in distance_strips(features, features, half):
+        candidates = torch.cat([nearest[rows], distances], dim=1)
+        nearest[rows] = candidates.topk(NEIGHBOUR + 1, largest=False).values
+        mine[rows] = 1
+    return distributed.reduce_sum(torch.where(mine > 0, nearest.amax(dim=1), 0))
+
+
+def distance_strips(u: Tensor, v: Tensor, half: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    """This process's share of the squared distances between u (N, D) and v (M, D), as (rows, columns, block)."""
+    for start in range(0, len(v), BLOCK):
+        columns = slice(start, min(start + BLOCK, len(v)))
+        for block in range(0, len(u), BLOCK):
+            strips = [
+                slice(row, min(row + STRIP, block + BLOCK, len(u)))
+                for row in range(block, min(block + BLOCK, len(u)), STRIP)
+            ]
+            in_half = half and all_finite(u, strips, v[columns])
+            for number, rows in enumerate(strips):
+                if (block // STRIP + number) % distributed.world_size() == distributed.rank():
+                    yield rows, columns, squared_distances(u[rows], v[columns], in_half)
+
+
+def all_finite(u: Tensor, strips: list[slice], v: Tensor) -> bool:
+    """Whether float16 holds all distances between the strips of u and v."""
+    norm_u, norm_v = u[strips[0].start : strips[-1].stop].square().sum(dim=1).max(), v.square().sum(dim=1).max()
+    if norm_u + norm_v + 2 * (norm_u * norm_v).sqrt() < 60_000:  # far below the largest float16: no need to look
+        return True
+    return all(squared_distances(u[rows], v, True).isfinite().all() for rows in strips)
+
+
+def squared_distances(u: Tensor, v: Tensor, half: bool) -> Tensor:
+    """|u|^2 - 2 uv + |v|^2, at least 0, between u (n, D) and v (m, D), as float32.
+
+    With `half` every operand and result is rounded to float16, sums run in float32: as TensorFlow on a CPU.
+    """
+    if half:
+        u, v = u.half(), v.half()
+        products = (u.float() @ v.float().T).half()
+        norm_u, norm_v = u.square().float().sum(dim=1).half(), v.square().float().sum(dim=1).half()
+    else:
+        products, norm_u, norm_v = u @ v.T, u.square().sum(dim=1), v.square().sum(dim=1)
+    return (norm_u[:, None] - products.mul_(2)).add_(norm_v).clamp_(min=0).float()
