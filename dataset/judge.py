@@ -18,7 +18,7 @@ def read_pictures(path: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def class_agreement(reference: str, samples: str) -> float:
-    """Share of samples that a support-vector classifier, fitted on the reference, gives the label they were asked for."""
+    """Share of samples that a support-vector classifier, fitted on the reference, labels as they were asked for."""
     from sklearn.svm import SVC
 
     pictures, labels = read_pictures(reference)
