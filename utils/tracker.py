@@ -46,7 +46,7 @@ class Tracker:
         self.started = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, torch.Tensor], *, finite: torch.Tensor, indices: torch.Tensor) -> None:
-        """metrics: 0-dim tensors of update `step` (from 1); finite: whether it was made; indices: this process's pictures."""
+        """metrics: 0-dim tensors of update `step` (from 1); finite: whether it was made; indices: the pictures here."""
         for name, value in metrics.items():
             value = value.detach().float()
             ok = torch.isfinite(value)

@@ -1,0 +1,117 @@
+"""A tiny data set, and training runs small enough for tests: in this process or as processes of their own."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import train
+from models import PRESETS, SVAE
+from models.pretrained import config_to_dict
+from utils.checkpoint import load
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES, PER_CLASS, BATCH = 4, 13, 8
+STEPS_PER_EPOCH = CLASSES * PER_CLASS // BATCH  # 6, with 4 pictures left over
+
+
+def write_tar(path: Path) -> Path:
+    """A tar of class tars with 13 pictures of 32 x 40 pixels for each of 4 classes."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as outer:
+        for label in range(CLASSES):
+            inner_bytes = io.BytesIO()
+            with tarfile.open(fileobj=inner_bytes, mode="w") as inner:
+                for i in range(PER_CLASS):
+                    picture = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+                    jpeg = io.BytesIO()
+                    Image.fromarray(picture).resize((40, 32)).save(jpeg, "JPEG", quality=95)
+                    add(inner, f"n{label:08d}_{i}.JPEG", jpeg.getvalue())
+            add(outer, f"n{label:08d}.tar", inner_bytes.getvalue())
+    return path
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def write_svae(path: Path) -> Path:
+    """An untrained S-VAE checkpoint of the Nano preset."""
+    torch.manual_seed(0)
+    vae = SVAE(PRESETS["SphereAR-Nano"].svae)
+    state = {f"vae.{name}": value for name, value in vae.state_dict().items()}
+    torch.save({"model": state, "config": config_to_dict(vae.config)}, path)
+    return path
+
+
+def flags(data: Path, results: Path, *extra: object, svae: Path | None = None) -> list[str]:
+    """A command line of either stage; `svae` makes it the AR one."""
+    common = [
+        "--model", "SphereAR-Nano", "--data-path", data, "--results-dir", results, "--num-classes", CLASSES,
+        "--global-batch-size", BATCH, "--num-workers", 0, "--sample-every", 0, "--log-every", 1, "--lr", 1e-3,
+        "--warmup-steps", 2, "--decay-start", -1,
+    ]  # fmt: skip
+    ar = ["--trained-vae", svae, "--ema", 0.9]
+    vae_only = ["--vae-only", "--perceptual-weight", 0, "--disc-start", 3, "--ema", 0.9]
+    return [str(flag) for flag in (*common, *(ar if svae else vae_only), *extra)]
+
+
+def run_here(*command: str) -> dict:
+    """Train in this process; what last.pt then holds."""
+    assert train.main(list(command)) == 0
+    return last(command)
+
+
+def last(command: list[str]) -> dict:
+    return load(Path(command[list(command).index("--results-dir") + 1], "checkpoints", "last.pt"))
+
+
+def start(*command: str, processes: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Start train.py as a process of its own, or under torchrun with `processes` on this machine."""
+    if processes:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "train.py", *command], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, seconds: float = 120) -> str:
+    """The output of a process that ends well."""
+    output, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, output
+    return output
+
+
+def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a nested state by their path."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {name: tensor for key, item in items for name, tensor in tensors(item, f"{path}/{key}").items()}
+
+
+def differences(a: dict, b: dict) -> list[str]:
+    """Paths of the tensors that are not bit for bit equal in two checkpoints."""
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    """Largest difference of two state dicts, relative to the largest value of each tensor."""
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    return max(
+        ((a[name] - b[name]).abs().max() / a[name].abs().max().clamp_min(1e-12)).item()
+        for name in a if a[name].is_floating_point()
+    )  # fmt: skip

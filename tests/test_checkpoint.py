@@ -1,0 +1,236 @@
+"""Files that cannot be lost: damage is found, the one before is taken, nothing in a file is executed."""
+
+import argparse
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import checkpoint
+from utils.checkpoint import CheckpointFolder, load, load_verified, snapshot, write
+
+
+def state(step: int, size: int = 1000) -> dict:
+    """A state whose every tensor tells its step."""
+    weight = torch.full((size,), float(step))
+    return {"model": {"a": weight, "b": torch.arange(5) + step}, "ema": {"a": weight}, "step": step,
+            "args": argparse.Namespace(lr=1e-4, model="SphereAR-B"), "config": {"stem": (1, 2)}}  # fmt: skip
+
+
+def is_whole(saved: dict) -> bool:
+    return torch.equal(saved["model"]["a"], torch.full_like(saved["model"]["a"], float(saved["step"])))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    reports = []
+    made = CheckpointFolder(tmp_path / "checkpoints", reports.append)
+    made.reports = reports
+    made.clean()
+    return made
+
+
+def names(folder: CheckpointFolder) -> set[str]:
+    return {path.name for path in folder.folder.iterdir()}
+
+
+def test_saved_is_read_back_and_last_points_to_it(folder):
+    folder.save(state(7), 7)
+    assert folder.wait()
+    assert names(folder) == {"step_00000007.pt", "last.pt"}
+    saved = load(folder.folder / "last.pt")
+    assert is_whole(saved) and saved["args"] == argparse.Namespace(lr=1e-4, model="SphereAR-B")
+    assert saved["config"]["stem"] == (1, 2)
+    assert folder.latest_good()[1]["step"] == 7
+
+
+def test_two_newest_and_epochs_stay(folder):
+    for step in range(1, 7):
+        folder.save(state(step), step, epoch=step // 2 if step in (2, 4) else None)
+    folder.wait()
+    kept = {"step_00000002_epoch_0001.pt", "step_00000004_epoch_0002.pt"}
+    assert names(folder) == {"last.pt", "step_00000005.pt", "step_00000006.pt"} | kept
+
+
+def test_the_copy_is_taken_at_once_and_keeps_shared_memory(folder):
+    live = state(1)
+    copied = snapshot(live)
+    assert copied["model"]["a"].data_ptr() == copied["ema"]["a"].data_ptr() != live["model"]["a"].data_ptr()
+    folder.save(live, 1)
+    live["model"]["a"].fill_(99)
+    folder.wait()
+    assert is_whole(folder.latest_good()[1])
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.7, 0.99, 0.9999])
+def test_truncated_newest_is_skipped(folder, share):
+    for step in (1, 2):
+        folder.save(state(step), step)
+    folder.wait()
+    newest = folder.folder / "step_00000002.pt"
+    content = newest.read_bytes()
+    newest.write_bytes(content[: int(share * len(content))])
+    path, saved = folder.latest_good()
+    assert path.name == "step_00000001.pt" and is_whole(saved)
+    assert len(folder.reports) == 1 and "step_00000002.pt" in folder.reports[0]
+
+
+def test_flipped_bytes_are_never_silently_wrong(tmp_path):
+    path, good = tmp_path / "good.pt", state(3)
+    write(good, path)
+    content, draws, refused = path.read_bytes(), random.Random(0), 0
+    offsets = [*draws.sample(range(len(content)), 150), *range(len(content) - 60, len(content))]
+    for offset in offsets:
+        damaged = bytearray(content)
+        damaged[offset] ^= draws.randrange(1, 256)
+        path.write_bytes(damaged)
+        try:
+            saved = load_verified(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:  # padding between members, time stamps: nothing that is read
+            assert is_whole(saved) and saved["step"] == 3 and torch.equal(saved["model"]["b"], good["model"]["b"])
+            assert saved["args"] == good["args"] and saved["config"] == good["config"]
+    assert refused > len(offsets) / 2
+
+
+def test_none_good_is_an_error_and_none_at_all_is_not(folder):
+    assert folder.latest_good() is None
+    (folder.folder / "step_00000001.pt").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+        folder.latest_good()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, (f"touch {Malicious.trace}",)
+
+
+def test_hostile_files_are_refused_unexecuted(folder, tmp_path):
+    Malicious.trace = tmp_path / "executed"
+    folder.save(state(1), 1)
+    folder.wait()
+    torch.save({**state(2), "extra": Malicious()}, folder.folder / "step_00000002.pt")
+    torch.save(
+        {**state(3), "args": Malicious()}, folder.folder / "step_00000003.pt", _use_new_zipfile_serialization=False
+    )
+    path, _ = folder.latest_good()
+    assert path.name == "step_00000001.pt"
+    assert len(folder.reports) == 2
+    assert not Malicious.trace.exists()
+    torch.load(folder.folder / "step_00000002.pt", weights_only=False)  # the file does harm where it is trusted
+    assert Malicious.trace.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_a_failed_save_is_reported_and_costs_nothing(folder, monkeypatch, error):
+    folder.save(state(1), 1)
+    folder.wait()
+
+    def fail(value, path):
+        path.write_bytes(b"half of it")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "save", fail)
+        folder.save(state(2), 2)
+        assert not folder.wait()
+    assert len(folder.reports) == 1
+    assert "step_00000002.pt" in folder.reports[0] and "step_00000001.pt" in folder.reports[0]
+    assert names(folder) == {"last.pt", "step_00000001.pt"}
+    assert load(folder.folder / "last.pt")["step"] == 1
+    folder.save(state(3), 3)
+    assert folder.wait()
+    assert names(folder) == {"last.pt", "step_00000001.pt", "step_00000003.pt"}
+
+
+def test_a_write_that_the_system_refuses_half_way(folder):
+    """A real one: files of this process may not grow beyond 20 kB."""
+    folder.save(state(1), 1)
+    folder.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        folder.save(state(2, size=100_000), 2)
+        assert not folder.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert len(folder.reports) == 1
+    assert names(folder) == {"last.pt", "step_00000001.pt"}
+
+
+def save_without_pause(path: Path, first: int, size: int, acknowledgements: int) -> None:
+    folder = CheckpointFolder(path)
+    for step in range(first, 2**31):
+        folder.save(state(step, size), step)
+        folder.wait()
+        os.write(acknowledgements, f"{step} ".encode())
+
+
+def kill_savers(folder: CheckpointFolder, kills: int, size: int) -> tuple[int, int]:
+    """SIGKILL a process that saves without pause at `kills` random moments; saves that were cut, checkpoints lost."""
+    draws, done, cut, lost = random.Random(0), 0, 0, 0
+    for _ in range(kills):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            save_without_pause(folder.folder, done + 1, size, writer)
+        os.close(writer)
+        time.sleep(draws.uniform(0.01, 0.3))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with open(reader) as file:
+            acknowledged = int((file.read().split() or [done])[-1])
+        cut += any(path.suffix == ".tmp" for path in folder.folder.iterdir())
+        good = folder.latest_good()
+        step = good[1]["step"] if good and is_whole(good[1]) else 0
+        last = folder.folder / "last.pt"
+        lost += step < acknowledged or folder.reports != [] or (last.exists() and load(last)["step"] < acknowledged)
+        done = step
+        folder.clean()
+    return cut, lost
+
+
+def test_killed_while_saving_loses_nothing(folder):
+    _, lost = kill_savers(folder, kills=10, size=1_000_000)
+    assert lost == 0
+
+
+@pytest.mark.faults
+def test_killed_200_times_while_saving(folder, capsys):
+    cut, lost = kill_savers(folder, kills=200, size=4_000_000)
+    with capsys.disabled():
+        print(f"\n200 SIGKILLs, {cut} of them inside a save: {lost} lost")
+    assert lost == 0 and cut > 20
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_full(tmp_path, capsys):
+    """ENOSPC from a real file system of 8 MB (needs the right to mount)."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs")
+    try:
+        reports = []
+        folder = CheckpointFolder(disk / "checkpoints", reports.append)
+        folder.clean()
+        for step in range(1, 6):
+            folder.save(state(step, size=400_000 if step != 3 else 2_000_000), step)
+            assert folder.wait() == (step != 3)
+            assert is_whole(folder.latest_good()[1])
+        assert len(reports) == 1
+        with capsys.disabled():
+            print(f"\n{reports[0]}")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

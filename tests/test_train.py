@@ -1,0 +1,292 @@
+"""Training as a whole, in this process: resume, accumulation, bad numbers, wrong flags."""
+
+import signal
+import time
+
+import pytest
+import small_run
+import torch
+from small_run import BATCH, STEPS_PER_EPOCH, differences, flags, largest_difference, run_here
+
+import train
+from models import SVAE, SphereAR, load_checkpoint
+from utils.checkpoint import load
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return small_run.write_tar(folder / "train.tar"), small_run.write_svae(folder / "svae.pt")
+
+
+@pytest.fixture(params=["svae", "ar"])
+def command(request, files, tmp_path):
+    """command(name, *flags): the command line of a run of either stage in a folder of that name."""
+    data, svae = files
+
+    def make(name, *extra):
+        return flags(data, tmp_path / name, *extra, svae=svae if request.param == "ar" else None)
+
+    make.stage = request.param
+    return make
+
+
+@pytest.fixture
+def ar(files, tmp_path):
+    return lambda name, *extra: flags(files[0], tmp_path / name, *extra, svae=files[1])
+
+
+def test_a_run_leaves_a_model_that_loads(command, tmp_path, capsys):
+    state = run_here(*command("run", "--max-steps", STEPS_PER_EPOCH + 1, "--keep-freq", 1))
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert names == {"last.pt", "step_00000006_epoch_0001.pt", "step_00000007.pt"}
+    assert (state["step"], state["epochs"], state["step_in_epoch"]) == (7, 1, 1)
+    assert state["ema"].keys() == state["model"].keys()
+    model = load_checkpoint(tmp_path / "run/checkpoints/last.pt")
+    assert type(model) is (SVAE if command.stage == "svae" else SphereAR)
+    lines = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if line.startswith("step")]
+    assert len(lines) == 7
+    assert all("grad_norm" in line and "images/s" in line and " lr " in line for line in lines)
+    loss = "recon_loss" if command.stage == "svae" else "ar_loss"
+    assert all(loss in line for line in lines)
+    assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_resume_is_bit_identical(command):
+    """Interrupted in an epoch, at its end, and in the next: nothing shows it."""
+    steps = STEPS_PER_EPOCH + 3
+    for interruption in (3, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2):
+        run_here(*command("parts", "--max-steps", interruption))
+    parts = run_here(*command("parts", "--max-steps", steps))
+    whole = run_here(*command("whole", "--max-steps", steps))
+    assert differences(whole, parts) == []
+    assert whole["step"] == parts["step"] == steps
+
+
+def test_a_complete_run_is_left_alone(ar, tmp_path):
+    command = ar("run", "--max-steps", 3)
+    run_here(*command)
+    written = (tmp_path / "run/checkpoints/last.pt").stat().st_mtime_ns
+    run_here(*command)
+    assert (tmp_path / "run/checkpoints/last.pt").stat().st_mtime_ns == written
+
+
+def gradients(state):
+    """The first moments: sums of the gradients of all steps, each over its whole batch."""
+    return [moments["exp_avg"] for moments in state["optimizer"]["state"].values()]
+
+
+def test_accumulation_is_the_same_update(ar):
+    whole = run_here(*ar("whole", "--max-steps", 3))
+    parts = run_here(*ar("parts", "--max-steps", 3, "--grad-accum-steps", 4))
+    assert largest_difference(gradients(whole), gradients(parts)) < 1e-5
+    assert (
+        largest_difference(whole["ema"], parts["ema"]) < 2e-3
+    )  # Adam's m / sqrt(v) magnifies the rounding of tiny ones
+    assert differences(whole["model"], parts["model"]) != []  # it did run in parts
+
+
+def test_accumulation_of_the_svae_without_batch_norms(files, tmp_path):
+    extra = "--max-steps", 3, "--disc-weight", 0
+    whole = run_here(*flags(files[0], tmp_path / "whole", *extra))
+    parts = run_here(*flags(files[0], tmp_path / "parts", *extra, "--grad-accum-steps", 2))
+    assert largest_difference(gradients(whole), gradients(parts)) < 1e-5
+
+
+def test_workers_do_not_change_the_run(ar):
+    here = run_here(*ar("here", "--max-steps", 2))
+    workers = run_here(*ar("workers", "--max-steps", 2, "--num-workers", 2))
+    assert differences(here, workers) == []
+
+
+def test_frozen_svae_stays_and_ema_is_whole(ar, files):
+    state, svae = run_here(*ar("run", "--max-steps", 2)), load(files[1])["model"]
+    for name, value in svae.items():
+        assert torch.equal(state["model"][name], value)
+        assert torch.equal(state["ema"][name], value)
+    moved = [name for name in state["model"] if not torch.equal(state["model"][name], state["ema"][name])]
+    assert moved and not any(name.startswith("vae.") for name in moved)
+
+
+def test_discriminator_starts_when_told_and_is_spared_in_the_generators_pass(files, tmp_path, monkeypatch):
+    calls = []
+    forward = train.PatchDiscriminator.forward
+
+    def spy(self, images):
+        calls.append((len(seen), next(self.parameters()).requires_grad))
+        return forward(self, images)
+
+    seen = []
+    backward = train.SVAEStage.backward
+    monkeypatch.setattr(train.PatchDiscriminator, "forward", spy)
+    monkeypatch.setattr(train.SVAEStage, "backward", lambda *a: (seen.append(1), backward(*a))[1])
+    state = run_here(*flags(files[0], tmp_path / "run", "--max-steps", 3, "--disc-start", 3))
+    assert calls == [(3, False), (3, True), (3, True)]  # step index 2: 2 + 1 >= 3; generator, then real and fake
+    assert state["discriminator"]
+
+
+class Poisoned:
+    """Makes the loss of chosen steps (by index) infinite."""
+
+    def __init__(self, monkeypatch, steps):
+        backward = train.ARStage.backward
+
+        def poisoned(stage, batches, step):
+            wrapped = stage.wrapped
+            if step in steps:
+                stage.wrapped = lambda *inputs: wrapped(*inputs) * float("inf")
+            try:
+                return backward(stage, batches, step)
+            finally:
+                stage.wrapped = wrapped
+
+        monkeypatch.setattr(train.ARStage, "backward", poisoned)
+
+
+def test_a_bad_step_is_skipped_and_named(ar, tmp_path, monkeypatch):
+    before = run_here(*ar("before", "--max-steps", 2))
+    with monkeypatch.context() as patch:
+        Poisoned(patch, {2})
+        skipped = run_here(*ar("skipped", "--max-steps", 3))
+    assert differences(before["model"], skipped["model"]) == []
+    assert differences(before["optimizer"]["state"], skipped["optimizer"]["state"]) == []
+    log = (tmp_path / "skipped/log.txt").read_text()
+    line = next(line for line in log.splitlines() if "skipped" in line)
+    assert line.startswith("step 3:")
+    assert len(set(line.split("[")[1].rstrip("]").split(", "))) == BATCH
+
+
+def test_too_many_bad_steps_stop_with_a_checkpoint_from_before(ar, tmp_path, monkeypatch):
+    Poisoned(monkeypatch, {1, 3, 4, 5, 6})
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row.*step_00000003\.pt"):
+        run_here(*ar("run", "--max-steps", 20, "--max-skipped-steps", 3, "--save-every", 1))
+    state = load(tmp_path / "run/checkpoints/last.pt")
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--global-batch-size", 9, "--grad-accum-steps", 2], r"--global-batch-size 9 must be a multiple.* 8 would do"),
+        (["--global-batch-size", 64], "--global-batch-size 64"),
+        (["--warmup-steps", 20, "--max-steps", 20], r"--warmup-steps 20: the run has only 20 steps; lower it"),
+        (["--trained-vae", "nowhere.pt"], r"--trained-vae nowhere.pt: no such file"),
+        (["--vae-only"], "--trained-vae .* leave it"),
+        (["--latent-dim", 16], r"--latent-dim 16: the S-VAE .* was trained with 8"),
+        (["--image-size", 64], r"--image-size 64: the S-VAE .* was trained with 32"),
+        (["--mixed-precision", "fp16"], "--mixed-precision fp16"),
+        (["--ema", 1.0], r"--ema 1.0: must lie in \[0, 1\)"),
+        (["--num-classes", 5], "--num-classes"),
+        (["--decay-start", 1, "--warmup-steps", 2], "--decay-start 1: must not be before"),
+        (["--data-path", "nowhere.tar"], "--data-path"),
+    ],
+)
+def test_wrong_flags_are_refused_with_the_remedy(ar, extra, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(ar("run", *extra))
+
+
+def test_ar_needs_an_svae(files, tmp_path):
+    command = flags(files[0], tmp_path)
+    command.remove("--vae-only")
+    with pytest.raises(ValueError, match="--trained-vae: AR training needs"):
+        train.main(command)
+
+
+def test_another_run_in_the_same_folder_is_refused(ar, files, tmp_path):
+    run_here(*ar("run", "--max-steps", 1))
+    with pytest.raises(ValueError, match=r"lr was 0.001, now 0.002"):
+        train.main(ar("run", "--max-steps", 2, "--lr", 2e-3))
+    with pytest.raises(ValueError, match=r"architecture was .*num_class_tokens"):
+        train.main(ar("run", "--max-steps", 2, "--cls-token-num", 2))
+    with pytest.raises(ValueError, match="vae_only was False, now True"):
+        train.main(flags(files[0], tmp_path / "run", "--max-steps", 2))
+
+
+def test_damaged_newest_checkpoint_gives_way_to_the_one_before(ar, tmp_path, capsys):
+    whole = run_here(*ar("whole", "--max-steps", 5))
+    run_here(*ar("run", "--max-steps", 4, "--save-every", 1))
+    newest = tmp_path / "run/checkpoints/step_00000004.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert differences(whole, run_here(*ar("run", "--max-steps", 5))) == []
+    assert "skipped a checkpoint" in capsys.readouterr().err
+
+
+def test_full_disk_does_not_stop_training(ar, tmp_path, monkeypatch, capsys):
+    write = train.CheckpointFolder._write
+
+    def full(folder, state, path):
+        if state["step"] in (2, 3):
+            monkeypatch.setattr("utils.checkpoint.torch.save", disk_full)
+        else:
+            monkeypatch.undo()
+        write(folder, state, path)
+
+    def disk_full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.CheckpointFolder, "_write", full)
+        run_here(*ar("run", "--max-steps", 4, "--save-every", 1))
+    error = capsys.readouterr().err
+    assert error.count("could not save") == 2
+    assert "step_00000001.pt" in error
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {
+        "last.pt", "step_00000001.pt", "step_00000004.pt",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_leaves_a_checkpoint_and_the_same_command_continues(ar, tmp_path, number):
+    command = ar("run", "--max-steps", 5000)
+    process = small_run.start(*command)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    sent = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 25
+    assert process.returncode == 128 + number, output
+    stopped_at = load(tmp_path / "run/checkpoints/last.pt")["step"]
+    assert 2 <= stopped_at < 100
+    parts = run_here(*ar("run", "--max-steps", stopped_at + 2))
+    assert differences(parts, run_here(*ar("whole", "--max-steps", stopped_at + 2))) == []
+
+
+def test_a_signal_in_a_step_that_does_not_end(ar, tmp_path):
+    """As in compilation: the watcher saves the last whole step and ends the process."""
+    code = (
+        "import sys, time, train, utils.preemption as p\n"
+        "p.Preemption.__init__.__defaults__ = (1.0,)\n"
+        "backward = train.ARStage.backward\n"
+        "def slow(stage, batches, step):\n"
+        "    if step == 3:\n"
+        "        print('stuck', flush=True); time.sleep(100)\n"
+        "    return backward(stage, batches, step)\n"
+        "train.ARStage.backward = slow\n"
+        "sys.exit(train.main(sys.argv[2:]))\n"
+    )
+    command = ar("run", "--max-steps", 5)
+    process = small_run.start(*command, launcher=("-c", code))
+    for line in process.stdout:
+        if line.startswith("stuck"):
+            break
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert load(tmp_path / "run/checkpoints/last.pt")["step"] == 3
+    assert differences(run_here(*command), run_here(*ar("whole", "--max-steps", 5))) == []
+
+
+def test_pictures_do_not_disturb_training(command):
+    plain = run_here(*command("plain", "--max-steps", 2))
+    with_pictures = run_here(*command("pictures", "--max-steps", 2, "--sample-every", 1))
+    assert differences(plain["model"], with_pictures["model"]) == []
+
+
+def test_bf16_trains(command):
+    state = run_here(*command("run", "--max-steps", 3, "--mixed-precision", "bf16"))
+    assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
