@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +33,15 @@ from tqdm import tqdm
 from models import PRESETS, SphereAR, load_checkpoint
 from utils import distributed
 from utils.contact_sheet import layout, write_contact_sheet
+from utils.few_rows import choose_ways, use_ways
 from utils.noise import Purpose, normals, words
 from utils.npz import Range, assemble, atomic_file, finished_shards, missing_ranges, read_image, write_shard
+from utils.static_generation import cast_weights, make_static
 
 LAST_STEP_SIZE = 0.04  # of the published numbers
 DECODE_PIXELS = {"cuda": 2**22, "cpu": 2**19}  # images decoded at a time: 64 and 8 of 256 x 256
 END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
+LARGE = 2**24  # parameters that no CPU's cache holds
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,7 +68,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixed-precision", choices=("none", "bf16"), help="default: bf16 on a GPU, none on a CPU")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products on a GPU")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile and CUDA graphs (default: on a GPU)"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile and CUDA graphs (default: on a GPU); --no-compile: PyTorch's plain operators, "
+        "on a CPU too, where otherwise large models get faster linear layers",
     )
     return parser.parse_args(argv)
 
@@ -176,10 +183,10 @@ def settings_of(args: argparse.Namespace, model: SphereAR) -> dict:
     return json.loads(json.dumps({"--ckpt sha256": digest.hexdigest(), "config": asdict(model.config), **settings}))
 
 
-def open_run(folder: Path, settings: dict, stack: ExitStack) -> None:
+def open_run(folder: Path, settings: dict, stack: ExitStack) -> dict:
     """Make the folder this run's, or see that it is, and lock it until `stack` closes.
 
-    ValueError says which settings differ from those of the run in it.
+    Returns the content of its run.json. ValueError says which settings differ from those of the run in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "shards").mkdir(exist_ok=True)
@@ -198,13 +205,19 @@ def open_run(folder: Path, settings: dict, stack: ExitStack) -> None:
         if differing:
             change = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in differing)
             raise ValueError(f"--sample-dir {folder} holds images of another run ({change}); choose or empty a folder")
-    else:
-        write_json(path, settings)
+        return before
+    write_json(path, settings)
+    return settings
 
 
 def write_json(path: Path, values: dict) -> None:
     with atomic_file(path) as file:
         file.write(json.dumps(values, indent=2).encode() + b"\n")
+
+
+def batch_rows(args: argparse.Namespace, missing: list[Range]) -> int:
+    """Images in a batch: as asked, or fewer where not even every process's first one would be full."""
+    return min(args.per_proc_batch_size, -(-sum(stop - start for start, stop in missing) // distributed.world_size()))
 
 
 def batches_of(missing: list[Range], batch_size: int, rank: int, world_size: int) -> list[Range]:
@@ -230,12 +243,44 @@ def agree(function: Callable):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
+def sample_batch(
+    args: argparse.Namespace, model: SphereAR, labels: np.ndarray, batch: Range, rows: int, on_token: Callable
+) -> np.ndarray:
+    """The images of a batch, uint8 (n, S, S, 3). With static shapes the batch is filled up to `rows` with others."""
+    device = model.pos_for_diff.weight.device
+    start, stop = batch
+    images = np.arange(start, start + rows if args.compile else stop)
+    noise = image_noise(
+        args.global_seed,
+        torch.from_numpy(images).to(device),
+        args.num_sampling_steps,
+        model.config.latent_dim,
+        draw=compiled_normals() if args.compile else normals,
+        on_token=on_token,
+    )
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.mixed_precision == "bf16"):
+        tokens = model.generate_tokens(
+            torch.from_numpy(labels[images % len(labels)]).to(device),
+            cfg_scale=args.cfg_scale,
+            cfg_schedule=args.cfg_schedule,
+            num_sampling_steps=args.num_sampling_steps,
+            last_step_size=LAST_STEP_SIZE,
+            sampler=args.sampler,
+            noise=noise,
+        )
+        return decode(model, tokens[: stop - start])
+
+
+@cache
+def compiled_normals() -> Callable:
+    return torch.compile(normals, dynamic=False)
+
+
 def sample_batches(args: argparse.Namespace, model: SphereAR, labels: np.ndarray, missing: list[Range]) -> None:
     """Sample this process's share of the missing images into shards, with a progress bar of the whole on rank 0."""
-    config, device = model.config, model.pos_for_diff.weight.device
-    world_size, folder = distributed.world_size(), Path(args.sample_dir)
-    total = sum(stop - start for start, stop in missing)
-    batch_size = min(args.per_proc_batch_size, -(-total // world_size))
+    world_size, total = distributed.world_size(), sum(stop - start for start, stop in missing)
+    rows = batch_rows(args, missing)
+    behind = None  # the event of the token before
     with tqdm(
         total=len(labels),
         initial=len(labels) - total,
@@ -244,29 +289,22 @@ def sample_batches(args: argparse.Namespace, model: SphereAR, labels: np.ndarray
         unit=" images",
         mininterval=0.5 if sys.stderr.isatty() else 10,
     ) as progress:
-        for start, stop in batches_of(missing, batch_size, distributed.rank(), world_size):
-            share = (stop - start) * world_size / config.num_tokens
-            noise = image_noise(
-                args.global_seed,
-                torch.arange(start, stop, device=device),
-                args.num_sampling_steps,
-                config.latent_dim,
-                on_token=lambda share=share: progress.update(min(share, progress.total - progress.n)),
-            )
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.mixed_precision == "bf16"):
-                tokens = model.generate_tokens(
-                    torch.from_numpy(labels[start:stop]).to(device),
-                    cfg_scale=args.cfg_scale,
-                    cfg_schedule=args.cfg_schedule,
-                    num_sampling_steps=args.num_sampling_steps,
-                    last_step_size=LAST_STEP_SIZE,
-                    sampler=args.sampler,
-                    noise=noise,
-                )
-                images = decode(model, tokens)
+        for start, stop in batches_of(missing, rows, distributed.rank(), world_size):
+            share = (stop - start) * world_size / model.config.num_tokens
+
+            def on_token(share: float = share) -> None:
+                nonlocal behind
+                progress.update(min(share, progress.total - progress.n))
+                if torch.cuda.is_available():  # at most two tokens in the queue: a signal is not kept waiting
+                    if behind is not None:
+                        behind.synchronize()
+                    behind = torch.cuda.Event()
+                    behind.record()
+
+            images = sample_batch(args, model, labels, (start, stop), rows, on_token)
             if args.save_images:
                 save_images(Path(args.save_images), start, images)
-            write_shard(folder / "shards", start, images)
+            write_shard(Path(args.sample_dir) / "shards", start, images)
 
 
 def save_images(folder: Path, start: int, images: np.ndarray) -> None:
@@ -330,26 +368,40 @@ def prepare(
     on_gpu = device.type == "cuda"
     args.per_proc_batch_size = (256 if on_gpu else 16) if args.per_proc_batch_size is None else args.per_proc_batch_size
     args.mixed_precision = args.mixed_precision or ("bf16" if on_gpu else "none")
-    args.compile = on_gpu if args.compile is None else args.compile
+    args.compile = True if on_gpu and args.compile is None else args.compile
     model = load_checkpoint(args.ckpt, device)
     if not isinstance(model, SphereAR):
         raise ValueError(f"--ckpt {args.ckpt} is an S-VAE; sampling needs a SphereAR checkpoint")
     check_args(args, model)
+    if args.mixed_precision == "bf16":
+        cast_weights(model, torch.bfloat16)
+    trunk = torch.nn.ModuleList([model.layers, model.head])
     folder = Path(args.sample_dir)
 
     def plan():
         settings = settings_of(args, model)
-        open_run(folder, settings, stack)
+        stored = open_run(folder, settings, stack)
         if args.save_images:
             Path(args.save_images).mkdir(parents=True, exist_ok=True)
         if (folder / "samples.npz").exists():
-            return settings, []
+            return settings, [], 0, {}
         shards = finished_shards(folder / "shards", model.config.svae.image_size)
-        return settings, missing_ranges(list(shards), args.num_fid_samples)
+        missing = missing_ranges(list(shards), args.num_fid_samples)
+        rows = batch_rows(args, missing) * (2 if args.cfg_scale > 1 else 1)
+        ways = stored.get("linear_ways", {})  # by rows: a continued run keeps to them, for the same bits
+        if missing and args.compile is None and sum(p.numel() for p in trunk.parameters()) > LARGE:
+            if str(rows) not in ways:
+                ways[str(rows)] = choose_ways(trunk, rows)
+                write_json(folder / "run.json", {**stored, "linear_ways": ways})
+            return settings, missing, rows, ways[str(rows)]
+        return settings, missing, rows, {}
 
-    settings, missing = agree(plan)
+    settings, missing, rows, ways = agree(plan)
     if not (folder / "run.json").exists():
         raise ValueError(f"--sample-dir {folder} is not seen by every process; choose a shared folder")
+    use_ways(trunk, ways, rows)
+    if args.compile:
+        make_static(model)
     return model, make_labels(args, model.config.num_classes), settings, missing
 
 
