@@ -25,6 +25,7 @@ from tqdm import tqdm
 from models.inception import BLOCKS, NUM_LOGITS, POOL_DIM, ConvParameters, Inception
 
 ORIGINAL = "classify_image_graph_def.pb"
+ORIGINAL_KIND = "TensorFlow graph"
 ORIGINAL_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{ORIGINAL}"
 ORIGINAL_SHA256 = "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6"
 PORTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
@@ -196,7 +197,7 @@ def read_graph(data: bytes, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[st
 
     parameters = {scope: convolution(scope, shape) for scope, shape in shapes.items()}
     classifier = constant("softmax/weights", (POOL_DIM, NUM_LOGITS)) if "softmax/weights" in nodes else None
-    return parameters, classifier, "TensorFlow graph"
+    return parameters, classifier, ORIGINAL_KIND
 
 
 def is_torchscript(path: Path) -> bool:

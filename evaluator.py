@@ -1,0 +1,283 @@
+"""Inception Score, FID, sFID, precision and recall of samples against a reference, as the ADM evaluator computes them.
+
+    python evaluator.py REF.npz SAMPLE.npz
+    torchrun --nproc_per_node=8 evaluator.py REF.npz SAMPLE.npz     (the same numbers)
+
+Prints the five numbers, writes them to SAMPLE.txt and, with everything that made them, to the key "evaluation" of
+SAMPLE.json. Exit status: 0, or 2 for an input that cannot be evaluated (one line says why).
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.inception import POOL_DIM, SPATIAL_DIM, Inception
+from models.inception_tensorflow import TensorFlowInception
+from models.inception_weights import ORIGINAL_KIND, find_weights, read_weights
+from utils import distributed
+from utils.feature_cache import load_features, save_features
+from utils.frechet import Moments, frechet_distance, inception_score
+from utils.npz import atomic_file
+from utils.npz_reader import NpzReader
+from utils.precision_recall import precision_recall
+
+Network = Callable[[Tensor], tuple[Tensor, Tensor]]
+SEGMENTS = 64  # a file is cut into about so many pieces, taken in turns by the processes, whatever their number
+PUBLISHED_COUNT = 50_000
+METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall")
+
+
+@dataclass
+class Features:
+    """Pool features (N, 2048) float32 in file order, and mean and covariance of pool and spatial features."""
+
+    pool: Tensor
+    statistics: dict[str, np.ndarray]  # mu, sigma, mu_s, sigma_s
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ref_batch", metavar="REF.npz", help="reference images and / or their statistics")
+    parser.add_argument("sample_batch", metavar="SAMPLE.npz", help="samples: arr_0 uint8 N x H x W x 3")
+    parser.add_argument("--inception", metavar="FILE", help='weights of any known kind, or "download" for the original')
+    parser.add_argument("--backend", choices=("torch", "tensorflow"), default="torch", help="tensorflow: needs the .pb")
+    parser.add_argument("--batch-size", type=int, help="images per network call (64 on a GPU, 8 on a CPU)")
+    parser.add_argument("--pr-dtype", choices=("float16", "float32"), default="float16", help="distances of P and R")
+    parser.add_argument("--tf32", action="store_true", help="TF32 convolutions, as TensorFlow on Ampere and later")
+    parser.add_argument("--cache-features", action="store_true", help="keep features beside each file for the next run")
+    args = parser.parse_args(arguments)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    return args
+
+
+def extract(reader: NpzReader, network: Network, batch_size: int, device: torch.device) -> Features:
+    """Features of all images of a file, the same on every process and for every number of processes.
+
+    Batches begin at multiples of `batch_size`, processes take segments of whole batches in turns, and every process
+    adds up all segments in file order.
+    """
+    length = batch_size * -(-reader.count // (batch_size * SEGMENTS))  # of a segment, in images
+    starts, world = range(0, reader.count, length), distributed.world_size()
+    pool_features = torch.empty(reader.count, POOL_DIM, device=device)
+    pool_moments, spatial_moments = (Moments.zeros(dim, device) for dim in (POOL_DIM, SPATIAL_DIM))
+    bar = tqdm(total=reader.count, unit="img", desc=reader.path.name, disable=not distributed.is_main(), mininterval=1)
+    for turn in range(0, len(starts), world):
+        features = torch.zeros(world, length, POOL_DIM + SPATIAL_DIM, device=device)
+        mine = turn + distributed.rank()
+        with agreement():
+            begin, stop = mine * length, min((mine + 1) * length, reader.count)
+            for start in range(begin, stop, batch_size):
+                images = torch.from_numpy(reader.read(start, min(start + batch_size, stop)))
+                output = torch.cat(network(images.to(device)), dim=1)
+                features[distributed.rank(), start - begin :][: len(images)] = output
+                bar.update(len(images))
+        for start, segment in zip(starts[turn:], distributed.reduce_sum(features) if world > 1 else features):
+            segment = segment[: reader.count - start]
+            if not segment.isfinite().all():
+                raise ValueError(f"{reader.path}: features of images from {start} on are not finite: damaged weights?")
+            pool, spatial = segment.split((POOL_DIM, SPATIAL_DIM), dim=1)
+            pool_features[start : start + length] = pool
+            pool_moments.add(pool)
+            spatial_moments.add(spatial)
+        bar.update(min((turn + world) * length, reader.count) - bar.n)  # the others' images
+    bar.close()
+    reader.close()
+    mu, sigma = pool_moments.mean_and_covariance()
+    mu_s, sigma_s = spatial_moments.mean_and_covariance()
+    return Features(pool_features, {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s})
+
+
+@contextmanager
+def agreement() -> Iterator[None]:
+    """A ValueError of any process inside the block is raised on all of them, so that none is left waiting."""
+    fault = None
+    try:
+        yield
+    except ValueError as error:
+        fault = str(error)
+    fault = next(filter(None, distributed.gather_objects(fault)), None)
+    if fault:
+        raise ValueError(fault) from None
+
+
+def cached(reader: NpzReader, key: dict, compute: Callable[[NpzReader], tuple[Features, str]]) -> tuple[Features, str]:
+    """Features of a file and its sha256, from the cache beside it or computed and saved there."""
+    key = {**key, **reader.fingerprint()}
+    found = load_features(reader.path, key)
+    if all(distributed.gather_objects(found is not None)):
+        arrays, sha256 = found
+        return Features(torch.from_numpy(arrays.pop("pool")), arrays), sha256
+    features, sha256 = compute(reader)
+    if distributed.is_main():
+        save_features(reader.path, key, sha256, {"pool": features.pool.cpu().numpy(), **features.statistics})
+    return features, sha256
+
+
+def inspect(reference: NpzReader, samples: NpzReader) -> list[str]:
+    """What about the two files makes their numbers differ from published ones, a line each."""
+    notes = []
+    if samples.count != PUBLISHED_COUNT:
+        notes.append(f"{samples.count} samples; published numbers use {PUBLISHED_COUNT}")
+    for reader, counts in ((samples, True), (reference, "mu" not in reference.statistics)):
+        if counts and reader.count < POOL_DIM:
+            notes.append(
+                f"{reader.path.name} has {reader.count} images: below {POOL_DIM}, FID is biased upwards by much"
+            )
+    sizes = [f"{reader.height} x {reader.width}" for reader in (reference, samples) if reader.count]
+    if len(set(sizes)) > 1:
+        notes.append(f"reference images are {sizes[0]}, samples {sizes[1]}: each is resized to 299 x 299 on its own")
+    if samples.labels is not None and looks_sorted(samples.labels):
+        notes.append("labels look sorted: the Inception Score of such a file is too small; shuffle images and labels")
+    return notes
+
+
+def looks_sorted(labels: np.ndarray) -> bool:
+    """Whether neighbours share their label far more often than chance has it."""
+    if len(labels) < 2:
+        return False
+    chance = np.square(np.unique(labels, return_counts=True)[1] / len(labels)).sum()
+    return chance < 1 and (labels[1:] == labels[:-1]).mean() > (1 + chance) / 2
+
+
+def load_network(args: argparse.Namespace, device: torch.device) -> tuple[Inception | TensorFlowInception, dict, bool]:
+    """The network of --backend, the record of its weights, and whether they have the classifier."""
+    with distributed.main_first():
+        path = find_weights(args.inception, say=distributed.print0)
+    weights = read_weights(path)
+    record = {"path": str(path), "kind": weights.kind, "sha256": weights.sha256}
+    if args.backend == "torch":
+        return weights.network().to(device), record, weights.classifier is not None
+    if weights.kind != ORIGINAL_KIND:
+        raise ValueError(f"--backend tensorflow executes the original graph; {path} is of the kind {weights.kind!r}")
+    return TensorFlowInception(path), record, weights.classifier is not None
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
+    """The whole evaluation, the same on every process: `metrics` by name (None: not available) and what made them."""
+    started = time.monotonic()
+    with agreement():
+        reference, samples = NpzReader(args.ref_batch), NpzReader(args.sample_batch)
+        if not samples.count:
+            raise ValueError(f"{samples.path}: has statistics only; samples need images (arr_0)")
+        network, weights, classifies = load_network(args, device)
+    notes = inspect(reference, samples)
+    for note in notes:
+        distributed.print0(f"warning: {note}", file=sys.stderr)
+
+    batch_size = args.batch_size or (8 if device.type == "cpu" else 64)
+    key = {"weights": weights["sha256"], "backend": args.backend, "tf32": args.tf32, "batch_size": batch_size}
+    features: list[Features | None] = []
+    with ThreadPoolExecutor(1) as background:
+
+        def compute(reader: NpzReader) -> tuple[Features, str]:
+            checksum = background.submit(reader.sha256) if distributed.is_main() else None
+            return extract(reader, network, batch_size, device), checksum.result() if checksum else ""
+
+        files = []
+        for reader in (reference, samples):
+            if not reader.count:
+                found, sha256 = None, reader.sha256()
+            else:
+                found, sha256 = cached(reader, key, compute) if args.cache_features else compute(reader)
+            features.append(found)
+            files.append({"path": str(reader.path), "sha256": sha256, "images": reader.count, "height": reader.height,
+                          "width": reader.width, "statistics": sorted(reader.statistics)})  # fmt: skip
+    extracted = time.monotonic()
+
+    of_reference, of_samples = features
+    statistics = {**(of_reference.statistics if of_reference else {}), **reference.statistics}
+    metrics = dict.fromkeys(METRICS)
+    if classifies:
+        metrics["Inception Score"] = inception_score(network.logits(of_samples.pool.to(device)))
+    for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
+        if mu in statistics:
+            mine = of_samples.statistics
+            metrics[name] = frechet_distance(mine[mu], mine[sigma], statistics[mu], statistics[sigma])
+    if of_reference:
+        pools = of_reference.pool.to(device), of_samples.pool.to(device)
+        metrics["Precision"], metrics["Recall"] = precision_recall(*pools, half=args.pr_dtype == "float16")
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if args.backend == "tensorflow":
+        versions["tensorflow"] = network.version
+    return {
+        "metrics": metrics,
+        "reference": files[0],
+        "samples": files[1],
+        "weights": weights,
+        "backend": args.backend,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
+        "processes": distributed.world_size(),
+        "batch_size": batch_size,
+        "dtypes": {"network": "tf32" if args.tf32 else "float32", "precision and recall": args.pr_dtype,
+                   "statistics": "float64"},
+        "versions": versions,
+        "warnings": notes,
+        "seconds": {"features": extracted - started, "metrics": time.monotonic() - extracted},
+    }  # fmt: skip
+
+
+def report(result: dict) -> str:
+    """The five lines of the published evaluator."""
+    reasons = {"Inception Score": 'these weights have no classifier; "--inception download" fetches the original'}
+    unavailable = "the reference file has no such data"
+    return "".join(
+        f"{name}: {f'not available ({reasons.get(name, unavailable)})' if value is None else value}\n"
+        for name, value in result["metrics"].items()
+    )
+
+
+def write(result: dict, samples: Path) -> None:
+    """SAMPLE.txt, and the key "evaluation" of SAMPLE.json: what sample_ddp.py wrote there stays."""
+    beside = samples.with_suffix(".json")
+    content = {}
+    if beside.exists():
+        try:
+            content = dict(json.loads(beside.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{beside}: is no JSON object; move it away to let the evaluation be recorded") from None
+    for path, text in (
+        (samples.with_suffix(".txt"), report(result)),
+        (beside, json.dumps({**content, "evaluation": result}, indent=2) + "\n"),
+    ):
+        with atomic_file(path) as file:
+            file.write(text.encode())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    try:
+        args = parse_args(arguments)
+        device = distributed.init()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+        torch.backends.cudnn.deterministic = True
+        with torch.inference_mode():
+            result = evaluate(args, torch.device("cpu") if args.backend == "tensorflow" else device)
+        distributed.print0(report(result), end="")
+        if distributed.is_main():
+            write(result, Path(args.sample_batch))
+        return 0
+    except (ValueError, OSError) as error:
+        distributed.print0(f"evaluator.py: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
