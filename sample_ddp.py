@@ -8,13 +8,11 @@ batches are kept as shards in the sample folder: the same command continues a ru
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -36,11 +34,11 @@ from utils.contact_sheet import layout, write_contact_sheet
 from utils.few_rows import choose_ways, use_ways
 from utils.noise import Purpose, normals, words
 from utils.npz import Range, assemble, atomic_file, finished_shards, missing_ranges, read_image, write_shard
+from utils.run_folder import Stopped, open_run, raise_on_signals, write_json
 from utils.static_generation import cast_weights, make_static
 
 LAST_STEP_SIZE = 0.04  # of the published numbers
 DECODE_PIXELS = {"cuda": 2**22, "cpu": 2**19}  # images decoded at a time: 64 and 8 of 256 x 256
-END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
 LARGE = 2**24  # parameters that no CPU's cache holds
 
 
@@ -152,26 +150,6 @@ def decode(model: SphereAR, tokens: Tensor) -> np.ndarray:
 # ---- never lost ------------------------------------------------------------------------------------------------------
 
 
-class Stopped(BaseException):
-    """SIGTERM or SIGINT. No Exception, so that nothing on the way takes it for an error and carries on."""
-
-    def __init__(self, signum: int):
-        self.signum = signum
-
-
-def raise_on_signals() -> None:
-    """From now on SIGTERM and SIGINT raise Stopped, once; a process that hangs over its end is ended by SIGALRM."""
-
-    def stop(signum, _frame):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        signal.alarm(END_WITHIN_SECONDS)
-        raise Stopped(signum)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-
-
 def settings_of(args: argparse.Namespace, model: SphereAR) -> dict:
     """What defines the images of a run, by flag, as JSON gives it back."""
     digest = hashlib.sha256()
@@ -181,38 +159,6 @@ def settings_of(args: argparse.Namespace, model: SphereAR) -> dict:
     flags = ("num_fid_samples", "cfg_scale", "cfg_schedule", "num_sampling_steps", "sampler", "global_seed", "labels")
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in (*flags, "class_ids", "mixed_precision")}
     return json.loads(json.dumps({"--ckpt sha256": digest.hexdigest(), "config": asdict(model.config), **settings}))
-
-
-def open_run(folder: Path, settings: dict, stack: ExitStack) -> dict:
-    """Make the folder this run's, or see that it is, and lock it until `stack` closes.
-
-    Returns the content of its run.json. ValueError says which settings differ from those of the run in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "shards").mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    stack.callback(os.close, lock)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--sample-dir {folder} is in use by another run; wait for it or choose another") from None
-    except OSError:
-        pass  # a file system without locks
-    path = folder / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        differing = [name for name in settings if before.get(name) != settings[name]]
-        if differing:
-            change = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in differing)
-            raise ValueError(f"--sample-dir {folder} holds images of another run ({change}); choose or empty a folder")
-        return before
-    write_json(path, settings)
-    return settings
-
-
-def write_json(path: Path, values: dict) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(values, indent=2).encode() + b"\n")
 
 
 def batch_rows(args: argparse.Namespace, missing: list[Range]) -> int:
@@ -227,13 +173,13 @@ def batches_of(missing: list[Range], batch_size: int, rank: int, world_size: int
 
 
 def agree(function: Callable):
-    """`function()` of rank 0, as result or as error, on every process."""
+    """`function()` of rank 0, as result or as ValueError, on every process."""
     outcome = None, None
     if distributed.is_main():
         try:
             outcome = function(), None
         except (ValueError, OSError) as error:
-            outcome = None, error
+            outcome = None, ValueError(str(error))
     result, error = distributed.gather_objects(outcome)[0]
     if error:
         raise error
@@ -332,10 +278,11 @@ def finish(
                 save_images(Path(args.save_images), index, read_image(shards, index)[None])
     rows = {label: [read_image(shards, i) for i in indices] for label, indices in layout(labels).items()}
     write_contact_sheet(folder / "contact_sheet.png", rows, config.num_classes)
+    if receipt["images_in_last_run"] or not (folder / "samples.json").exists():
+        write_json(folder / "samples.json", receipt)
     if args.to_npz:
         assemble(folder / "samples.npz", shards, labels, config.svae.image_size)
         shutil.rmtree(folder / "shards")
-    write_json(folder / "samples.json", receipt)
     result = folder / ("samples.npz" if args.to_npz else "shards")
     print(f"{len(labels)} images in {result}; contact sheet {folder / 'contact_sheet.png'}", flush=True)
 
@@ -411,6 +358,7 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     model, labels, settings, missing = prepare(args, device, stack)
     made = sum(stop - start for start, stop in missing)
     if (Path(args.sample_dir) / "samples.npz").exists():
+        shutil.rmtree(Path(args.sample_dir) / "shards", ignore_errors=True)
         return distributed.print0(f"{args.sample_dir}/samples.npz is already complete")
     distributed.print0(f"{len(labels)} images, {len(labels) - made} of them finished before, on {device.type}")
     start = time.perf_counter()
@@ -427,8 +375,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with ExitStack() as stack:
             run(args, stack)
-    except (ValueError, OSError) as error:
+    except ValueError as error:  # alike on every process
+        distributed.print0(f"sample_ddp.py: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
         print(f"sample_ddp.py: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        print(f"sample_ddp.py: error: {reason} Lower --per-proc-batch-size.", file=sys.stderr, flush=True)
         return 1
     except Stopped as stopped:
         distributed.print0("\nstopped; finished batches are kept: the same command continues", file=sys.stderr)
