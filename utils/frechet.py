@@ -8,6 +8,7 @@ arXiv:1606.03498 (Inception Score); in the protocol of Dhariwal & Nichol, arXiv:
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -48,11 +49,12 @@ def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarr
     """|mean1 - mean2|^2 + tr covariance1 + tr covariance2 - 2 tr (covariance1 covariance2)^(1/2); Heusel et al., eq. 6.
 
     Means (D,), covariances (D, D), float64. The last trace, which the published evaluator takes from
-    scipy.linalg.sqrtm, is the sum of the roots of the eigenvalues of a symmetric matrix: equal to 1e-11 where both
-    covariances have full rank (N > D), to about 1e-7 elsewhere, where sqrtm itself is that far from the exact value.
+    scipy.linalg.sqrtm, is the sum of the roots of the eigenvalues of a symmetric matrix. Where both covariances have
+    full rank (N > D) it equals sqrtm's to 1e-11; elsewhere it is the exact value, which sqrtm misses by 1e-6 of it.
     """
+    # Copies, because torch's own memory is aligned: equal values then give equal bits.
     mean1, covariance1, mean2, covariance2 = (
-        torch.as_tensor(value, dtype=torch.float64) for value in (mean1, covariance1, mean2, covariance2)
+        torch.tensor(value, dtype=torch.float64) for value in (mean1, covariance1, mean2, covariance2)
     )
     difference = mean1 - mean2
     root = trace_of_root(covariance1, covariance2)
@@ -60,12 +62,22 @@ def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarr
 
 
 def trace_of_root(covariance1: Tensor, covariance2: Tensor) -> Tensor:
-    """tr (covariance1 covariance2)^(1/2) of two covariances (D, D), float64."""
-    root, failed = torch.linalg.cholesky_ex(covariance1)
+    """tr (covariance1 covariance2)^(1/2) of two covariances (D, D), float64.
+
+    With covariance1 = F F^T the product has the eigenvalues of the symmetric F^T covariance2 F.
+    """
+    factor, failed = torch.linalg.cholesky_ex(covariance1)
     if failed:  # not of full rank
-        values, vectors = torch.linalg.eigh(covariance1)
-        root = vectors * values.clamp(min=0).sqrt()
-    return torch.linalg.eigvalsh(root.T @ covariance2 @ root).clamp(min=0).sqrt().sum()
+        factor = pivoted_cholesky(covariance1)
+    return torch.linalg.eigvalsh(factor.T @ covariance2 @ factor).clamp(min=0).sqrt().sum()
+
+
+def pivoted_cholesky(covariance: Tensor) -> Tensor:
+    """F (D, rank) with F F^T = covariance (D, D), whatever its rank."""
+    lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance.numpy(), lower=1)
+    factor = np.empty((len(lower), rank))
+    factor[pivots - 1] = np.tril(lower)[:, :rank]
+    return torch.tensor(factor)
 
 
 def inception_score(logits: Tensor, block: int = INCEPTION_SCORE_BLOCK) -> float:
