@@ -1,6 +1,7 @@
 """ADM's crops against the golden arrays, the draws, decoding, and what counts as a bad picture."""
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,7 @@ def test_windows_lie_inside_the_picture(width, height):
 
 def test_a_known_window():
     assert center_window(64, 500, 375) == Window(64, 86, 64, 0, 11)  # 125 x 93 after halving twice
+    assert center_window(32, 131, 64) == Window(32, 65, 32, 0, 16)  # exactly twice is halved too: 65 x 32
 
 
 def test_no_two_pictures_of_an_epoch_share_draws():
@@ -129,6 +131,18 @@ def test_png_is_fine_where_the_name_says_so():
     assert torch.equal(
         decode_fast(data, "a.png").permute(1, 2, 0), torch.tensor(np.array(Image.open(io.BytesIO(data))))
     )
+
+
+def test_sixteen_bits_per_channel_are_refused_in_colour_too():
+    def chunk(kind, content):
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    header = (8).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
+    rows = zlib.compress(bytes(8 * (1 + 8 * 6)))
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    assert Image.open(io.BytesIO(data)).mode == "RGB"
+    with pytest.raises(BadPicture, match="16 bits per channel"):
+        decode_exact(data, "a.png")
 
 
 def test_random_damage_never_raises_anything_but_bad_picture():

@@ -184,6 +184,7 @@ def test_forked_workers_sharing_the_file_read_the_right_bytes(data):
     assert [answer.get(timeout=60) for _ in processes] == [0] * 4
     for process in processes:
         process.join()
+    assert os.lseek(source._fd, 0, os.SEEK_CUR) == 0  # the position that all of them share was never used
 
 
 def test_a_pickled_data_set_opens_its_own_file(data):
