@@ -241,7 +241,8 @@ def read_port(path: Path) -> tuple[dict[str, ConvParameters], Tensor | None, str
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"no state dict ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"no state dict, or a damaged one ({reason})") from None
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         value = state.get(name) if isinstance(state, dict) else None

@@ -5,6 +5,8 @@ import http.server
 import importlib.metadata
 import os
 import threading
+import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -116,19 +118,16 @@ def test_a_torch_port_gives_the_same_network(port, network):
     images = pictures(2, 48)
     with torch.inference_mode():
         for mine, expected in zip(weights.network()(images), network(images)):
-            assert torch.equal(mine, expected)
+            assert relative(mine, expected) < 1e-6  # epsilon is float32 0.001 in the graph, 0.001 in the port
     assert torch.equal(weights.classifier, network.classifier)
 
 
 def test_port_names_are_torchvisions_layer_by_layer(port, network, monkeypatch):
     """torchvision's network, its average pools counting as in the original, gives the same activations up to 7b."""
     judge = port[1]
-    average = F.avg_pool2d
-    monkeypatch.setattr(
-        torchvision.models.inception.F,
-        "avg_pool2d",
-        lambda *args, **kwargs: average(*args, count_include_pad=False, **kwargs),
-    )
+    functions = types.SimpleNamespace(**vars(F))
+    functions.avg_pool2d = partial(F.avg_pool2d, count_include_pad=False)
+    monkeypatch.setattr(torchvision.models.inception, "F", functions)
     x = y = torch.randn(1, 3, 139, 139)
     with torch.inference_mode():
         for name, layer in judge.named_children():
