@@ -94,6 +94,7 @@ def test_compiled_noise_is_the_same_bit_for_bit(eager_tracing):
 def test_bfloat16_weights_are_what_autocast_would_use():
     plain, cast = make_model(), make_model()
     cast_weights(cast, torch.bfloat16)
+    assert cast.head.net.cond_embed.bias.dtype == cast.layers[0].attention.wo.weight.dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         tokens = generate(plain)
         assert torch.equal(generate(cast), tokens)

@@ -135,6 +135,13 @@ def test_noise_is_addressed_by_image_token_and_step():
     assert torch.equal(both[3, 3], normals(5, Purpose.SAMPLING_NULL, 9, step=3, token=0, count=8))
 
 
+def test_batches_are_dealt_out_once():
+    missing = [(0, 7), (9, 11)]
+    shares = [sample_ddp.batches_of(missing, 3, rank, 2) for rank in range(2)]
+    assert shares == [[(0, 3), (6, 7)], [(3, 6), (9, 11)]]
+    assert sample_ddp.batches_of(missing, 16, 0, 1) == missing
+
+
 def labels_of(count, num_classes, *flags):
     args = sample_ddp.parse_args(["--ckpt", "x", "--num-fid-samples", str(count), *flags])
     args.class_ids = [4, 2] if args.class_ids else None
