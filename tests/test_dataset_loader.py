@@ -152,6 +152,7 @@ def test_fast_and_exact_pictures_are_close(data):
 def test_the_default_loader_reads_evaluation_pictures(data):
     batch = next(iter(DataLoader(data, batch_size=24)))
     assert batch.index.tolist() == list(range(24)) and batch.label.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert data[-1].index == 23 and data[-1].label == 2
     with pytest.raises(IndexError):
         data[24]
 
@@ -250,8 +251,13 @@ def test_too_many_bad_pictures_are_an_error(damaged, tmp_path):
     data = build_dataset(class_tars(tmp_path / "one.tar", classes), SIZE, num_classes=3, seed=0)
     assert len(load(data, num_steps=30, global_batch_size=5, batch_size=5)) == 30  # a single one never is
     hopeless = class_tars(tmp_path / "hopeless.tar", {"n0": {f"{i}.JPEG": b"" for i in range(4)}})
+    data, reads = build_dataset(hopeless, SIZE, num_classes=1, seed=0), []
     with pytest.raises(ValueError, match=r"16 bad pictures in a row, the first n0/\d.JPEG: empty"):
-        load(build_dataset(hopeless, SIZE, num_classes=1, seed=0), global_batch_size=2, batch_size=2)
+        load(data, global_batch_size=2, batch_size=2)
+    data.source.read = lambda index: reads.append(index) or b""
+    with pytest.raises(ValueError, match="16 bad pictures in a row"):
+        data[0]
+    assert len(reads) == 16 and set(reads) == {0, 1, 2, 3}
 
 
 def test_a_tar_cut_while_in_use_is_an_io_error(data):
