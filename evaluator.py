@@ -167,7 +167,7 @@ def load_network(args: argparse.Namespace, device: torch.device) -> tuple[Incept
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
-    """The whole evaluation, the same on every process: `metrics` by name (None: not available) and what made them."""
+    """The whole evaluation: on the main process, `metrics` by name (None: not available) and what made them."""
     started = time.monotonic()
     with agreement():
         reference, samples = NpzReader(args.ref_batch), NpzReader(args.sample_batch)
@@ -201,12 +201,13 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
     of_reference, of_samples = features
     statistics = {**(of_reference.statistics if of_reference else {}), **reference.statistics}
     metrics = dict.fromkeys(METRICS)
-    if classifies:
-        metrics["Inception Score"] = inception_score(network.logits(of_samples.pool.to(device)))
-    for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
-        if mu in statistics:
-            mine = of_samples.statistics
-            metrics[name] = frechet_distance(mine[mu], mine[sigma], statistics[mu], statistics[sigma])
+    if distributed.is_main():
+        if classifies:
+            metrics["Inception Score"] = inception_score(network.logits(of_samples.pool.to(device)))
+        for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
+            if mu in statistics:
+                mine = of_samples.statistics
+                metrics[name] = frechet_distance(mine[mu], mine[sigma], statistics[mu], statistics[sigma])
     if of_reference:
         pools = of_reference.pool.to(device), of_samples.pool.to(device)
         metrics["Precision"], metrics["Recall"] = precision_recall(*pools, half=args.pr_dtype == "float16")

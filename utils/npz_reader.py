@@ -21,9 +21,8 @@ NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *\}\s*")
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 CHUNK = 1 << 22
-# What zipfile and zlib raise on damaged files, besides ValueError.
+# What zipfile and zlib raise on damaged files, besides ValueError and BadZipFile.
 DAMAGE = (
-    zipfile.BadZipFile,
     zlib.error,
     struct.error,
     EOFError,
@@ -155,9 +154,11 @@ class NpzReader:
             raise ValueError(f"{self.path}: there is no such file") from None
         except zipfile.BadZipFile as error:
             raise ValueError(f"{self.path}: no .npz file, or one that was cut short or damaged ({error})") from None
-        except (*DAMAGE, ValueError) as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{self.path}: {text}") from None
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from None
+        except DAMAGE as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{self.path}: cannot be read; damaged? ({reason})") from None
 
 
 def read_header(member: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...], int]:
