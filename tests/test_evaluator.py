@@ -32,10 +32,10 @@ def graph(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """24 reference pictures, deflated, and 20 samples of another size, stored, with sorted labels."""
+    """16 reference pictures, deflated, and 12 samples of another size, stored, with sorted labels."""
     folder = tmp_path_factory.mktemp("files")
-    np.savez_compressed(folder / "reference.npz", pictures(24, 32).numpy())
-    np.savez(folder / "samples.npz", pictures(20, 48, seed=1).numpy(), np.arange(20) // 5)
+    np.savez_compressed(folder / "reference.npz", pictures(16, 32).numpy())
+    np.savez(folder / "samples.npz", pictures(12, 48, seed=1).numpy(), np.arange(12) // 4)
     return folder
 
 
@@ -72,7 +72,7 @@ def test_the_five_numbers_are_the_published_ones_on_1_2_and_4_processes(files, g
     assert list(metrics) == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
     assert json.loads(samples.with_suffix(".json").read_text())["receipt"] == 1
     for word in (
-        "20 samples; published numbers use 50000",
+        "12 samples; published numbers use 50000",
         "FID is biased",
         "32 x 32, samples 48 x 48",
         "labels look sorted",
@@ -85,7 +85,7 @@ def test_the_five_numbers_are_the_published_ones_on_1_2_and_4_processes(files, g
 
     tensorflow = TensorFlowInception(graph)
     (pool, spatial), (other_pool, other_spatial) = (
-        tensorflow(torch.from_numpy(NpzReader(path).read(0, count))) for path, count in ((reference, 24), (samples, 20))
+        tensorflow(torch.from_numpy(NpzReader(path).read(0, count))) for path, count in ((reference, 16), (samples, 12))
     )
     assert metrics["Inception Score"] == pytest.approx(published_score(tensorflow.logits(other_pool), 5000), rel=1e-4)
     # Random weights give features so close together that float16 is noise: tests/test_frechet.py judges that mode.
@@ -178,7 +178,7 @@ def test_cached_features_give_the_same_numbers_without_the_network(files, tmp_pa
         path.write_bytes((files / path.name).read_bytes())
     assert run(*paths, "--cache-features") == 0
     first, done = evaluation(paths[1]), instant.images
-    assert done == 44
+    assert done == 28
     assert run(*paths, "--cache-features") == 0
     assert instant.images == done
     assert evaluation(paths[1])["metrics"] == first["metrics"]
@@ -195,7 +195,7 @@ def test_cached_features_give_the_same_numbers_without_the_network(files, tmp_pa
 
 def test_a_reference_of_statistics_only(files, tmp_path, instant, capfd):
     reader = NpzReader(files / "reference.npz")
-    pool, spatial = (part.numpy().astype(np.float64) for part in instant(torch.from_numpy(reader.read(0, 24))))
+    pool, spatial = (part.numpy().astype(np.float64) for part in instant(torch.from_numpy(reader.read(0, 16))))
     (mu, sigma), (mu_s, sigma_s) = statistics(pool), statistics(spatial)
     np.savez(tmp_path / "statistics.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     assert run(files / "reference.npz", files / "samples.npz") == 0
@@ -207,7 +207,7 @@ def test_a_reference_of_statistics_only(files, tmp_path, instant, capfd):
     assert found["Precision"] is None and found["Recall"] is None
     assert "Precision: not available" in capfd.readouterr().out
     # Statistics beside images win: they describe the whole data set.
-    images = reader.read(0, 24)
+    images = reader.read(0, 16)
     np.savez(tmp_path / "both.npz", images, mu=mu + 1, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     assert run(tmp_path / "both.npz", files / "samples.npz") == 0
     found = evaluation(files / "samples.npz")["metrics"]

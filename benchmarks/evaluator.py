@@ -1,0 +1,185 @@
+"""Speed and memory of evaluator.py: features against TensorFlow, linear algebra against sqrtm, and the peak at 50,000.
+
+    python -m benchmarks.evaluator            (about five minutes on 2 cores)
+
+Writes benchmarks/results/evaluator.json. Each measurement runs in a process of its own, TensorFlow and torch in
+turns, on one graph of the original's form with random weights.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+
+import evaluator
+from tests.graph_def import inception_graph
+from utils.frechet import frechet_distance
+from utils.npz import atomic_file
+
+RESULT = Path(__file__).parent / "results" / "evaluator.json"
+
+
+def measure_features(backend: str, graph: Path, images: int, size: int) -> dict:
+    """Images/s of one backend, best batch size of three, after a warm-up; peak memory of the process in MB."""
+    from models.inception_tensorflow import TensorFlowInception
+    from models.inception_weights import read_weights
+
+    device = torch.device("cuda" if torch.cuda.is_available() and backend == "torch" else "cpu")
+    network = read_weights(graph).network().to(device) if backend == "torch" else TensorFlowInception(graph)
+    pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8))
+    speeds = {}
+    with torch.inference_mode():
+        for batch in (8, 32, 64):
+            network(pictures[:batch].to(device))
+            started, done = time.perf_counter(), 0
+            while done < images:
+                network(pictures[:batch].to(device))[0].cpu()
+                done += batch
+            speeds[batch] = done / (time.perf_counter() - started)
+    return {"images_per_second": speeds, "peak_mb": peak_mb(), "device": str(device)}
+
+
+def measure_linear_algebra(count: int = 3000, dim: int = 2048) -> dict:
+    """Seconds of one Fréchet distance, of full rank and not, against scipy.linalg.sqrtm on the same covariances."""
+    rng, result = np.random.default_rng(0), {}
+    mixing = np.linalg.qr(rng.normal(size=(dim, dim)))[0] * np.exp(-np.arange(dim) / dim * 5)
+    for name, images in (("full rank", count), ("1000 images", 1000)):
+        x, y = (np.maximum(rng.normal(size=(images, dim)) @ mixing.T + 0.3 + 0.02 * i, 0) for i in range(2))
+        means, covariances = (x.mean(axis=0), y.mean(axis=0)), (np.cov(x, rowvar=False), np.cov(y, rowvar=False))
+        started = time.perf_counter()
+        ours = frechet_distance(means[0], covariances[0], means[1], covariances[1])
+        seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        root = np.trace(scipy.linalg.sqrtm(covariances[0] @ covariances[1])).real
+        theirs = np.square(means[0] - means[1]).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root
+        sqrtm = time.perf_counter() - started
+        result[name] = {"seconds": seconds, "sqrtm_seconds": sqrtm, "relative_difference": abs(ours / theirs - 1)}
+    return result
+
+
+class Projection:
+    """In place of the network: a fixed projection of 8 x 8 mean colours, so that the rest can be measured alone."""
+
+    def __init__(self):
+        self.weight = torch.randn(192, 2048 + 2023, generator=torch.Generator().manual_seed(0)) / 192
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cells = images[:, ::32, ::32].float().flatten(1) @ self.weight
+        return cells[:, :2048].relu(), cells[:, 2048:].relu()
+
+    def logits(self, pool: torch.Tensor) -> torch.Tensor:
+        return pool[:, :1008]
+
+
+def measure_peak(folder: Path, samples: int, references: int, size: int = 256) -> dict:
+    """Peak memory and seconds of the whole command but the network, on files of zeros with sparse storage."""
+    for name, count in (("reference", references), ("samples", samples)):
+        write_sparse(folder / f"{name}.npz", count, size)
+    network = Projection()
+    evaluator.load_network = lambda args, device: (network, {"path": "-", "kind": "projection", "sha256": "-"}, True)
+    read, rng = evaluator.NpzReader.read, np.random.default_rng(0)
+
+    def noise(reader: evaluator.NpzReader, start: int, stop: int) -> np.ndarray:
+        images = read(reader, start, stop).copy()
+        images[:, ::32, ::32] = rng.integers(0, 256, images[:, ::32, ::32].shape)
+        return images
+
+    evaluator.NpzReader.read = noise
+    started = time.perf_counter()
+    status = evaluator.main([str(folder / "reference.npz"), str(folder / "samples.npz")])
+    seconds = json.loads((folder / "samples.json").read_text())["evaluation"]["seconds"]
+    return {"status": status, "samples": samples, "references": references, "peak_mb": peak_mb(),
+            "total_seconds": time.perf_counter() - started, "seconds": seconds}  # fmt: skip
+
+
+def write_sparse(path: Path, count: int, size: int) -> None:
+    """A stored .npz of `count` black images that takes no room on the disk; its checksum is not filled in."""
+    import struct
+
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, {size}, {size}, 3), }}".encode()
+    header = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.ljust(117) + b"\n"
+    length, name = len(header) + count * size * size * 3, b"arr_0.npy"
+    extra = struct.pack("<HHQQ", 1, 16, length, length)
+    local = struct.pack("<4s5H3I2H", b"PK\3\4", 45, 0, 0, 0, 33, 0, 2**32 - 1, 2**32 - 1, 9, 20) + name + extra
+    directory = struct.pack(
+        "<4s6H3I5H2I", b"PK\1\2", 45, 45, 0, 0, 0, 33, 0, 2**32 - 1, 2**32 - 1, 9, 20, 0, 0, 0, 0, 0
+    )
+    directory += name + extra
+    with open(path, "wb") as file:
+        file.write(local + header)
+        file.seek(len(local) + length)
+        start = file.tell()
+        file.write(directory)
+        file.write(struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, len(directory), start))
+        file.write(struct.pack("<4sIQI", b"PK\6\7", 0, start + len(directory), 1))
+        file.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, len(directory), 2**32 - 1, 0))
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def machine() -> dict:
+    """Where and with what this was measured."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": model, "cores": os.cpu_count(), "gpu": gpu, "load": os.getloadavg(), "torch": torch.__version__,
+            "scipy": scipy.__version__, "python": platform.python_version(), "commit": commit}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=64, help="timed images per backend, batch size and turn")
+    parser.add_argument("--turns", type=int, default=2, help="turns of torch and TensorFlow")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # one measurement, in a process of its own
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        if args.part in ("torch", "tensorflow"):
+            result = measure_features(args.part, args.folder / "graph.pb", args.images, 256)
+        elif args.part == "linear algebra":
+            result = measure_linear_algebra()
+        else:
+            result = measure_peak(args.folder, 50_000, 10_000)
+        (args.folder / "result.json").write_text(json.dumps(result))
+        return
+
+    def part(name: str) -> dict:
+        command = [sys.executable, "-m", "benchmarks.evaluator", "--part", name, "--folder", folder]
+        subprocess.run([*command, "--images", str(args.images)], check=True, stderr=subprocess.DEVNULL)
+        found = json.loads((Path(folder) / "result.json").read_text())
+        print(name, json.dumps(found), flush=True)
+        return found
+
+    result = {"machine at start": machine(), "features, 256 px": {"torch": [], "tensorflow": []}}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "graph.pb").write_bytes(inception_graph())
+        for _ in range(args.turns):
+            for backend, runs in result["features, 256 px"].items():
+                runs.append(part(backend))
+        best = {
+            backend: max(max(run["images_per_second"].values()) for run in runs)
+            for backend, runs in result["features, 256 px"].items()
+        }
+        result["torch / tensorflow, best of each"] = best["torch"] / best["tensorflow"]
+        result["linear algebra, 2048 dimensions"] = part("linear algebra")
+        result["all but the network, 50,000 against 10,000 at 256 px"] = part("peak")
+    result["machine at end"] = machine()
+    with atomic_file(RESULT) as file:
+        file.write(json.dumps(result, indent=2).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
