@@ -56,11 +56,11 @@ class LPIPS(nn.Module):
 
     def __init__(self, state: dict[str, Tensor]):
         super().__init__()
-        features = vgg16(weights=None, init_weights=False).features[: STAGE_ENDS[-1]]
+        with torch.device("meta"):
+            features = vgg16(weights=None, init_weights=False).features[: STAGE_ENDS[-1]]
         prefix = "features."
-        features.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        )
+        convolutions = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        features.load_state_dict(convolutions, assign=True)
         for module in features:
             if isinstance(module, nn.ReLU):
                 module.inplace = False  # the values before it are needed for its gradient under compilation

@@ -57,7 +57,7 @@ def flags(data: Path, results: Path, *extra: object, svae: Path | None = None) -
     common = [
         "--model", "SphereAR-Nano", "--data-path", data, "--results-dir", results, "--num-classes", CLASSES,
         "--global-batch-size", BATCH, "--num-workers", 0, "--sample-every", 0, "--log-every", 1, "--lr", 1e-3,
-        "--warmup-steps", 2, "--decay-start", -1,
+        "--warmup-steps", 1, "--decay-start", -1,
     ]  # fmt: skip
     ar = ["--trained-vae", svae, "--ema", 0.9]
     vae_only = ["--vae-only", "--perceptual-weight", 0, "--disc-start", 3, "--ema", 0.9]
@@ -83,6 +83,16 @@ def start(*command: str, processes: int = 0, launcher: tuple[str, ...] = ()) -> 
         [sys.executable, *launcher, "train.py", *command], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Read a process's output up to the line that has `text`."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError("".join(lines))
 
 
 def finish(process: subprocess.Popen, seconds: float = 120) -> str:

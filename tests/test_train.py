@@ -170,7 +170,7 @@ def test_too_many_bad_steps_stop_with_a_checkpoint_from_before(ar, tmp_path, mon
     [
         (["--global-batch-size", 9, "--grad-accum-steps", 2], r"--global-batch-size 9 must be a multiple.* 8 would do"),
         (["--global-batch-size", 64], "--global-batch-size 64"),
-        (["--warmup-steps", 20, "--max-steps", 20], r"--warmup-steps 20: the run has only 20 steps; lower it"),
+        (["--warmup-steps", 21, "--max-steps", 20], r"--warmup-steps 21: the run has only 20 steps; lower it"),
         (["--trained-vae", "nowhere.pt"], r"--trained-vae nowhere.pt: no such file"),
         (["--vae-only"], "--trained-vae .* leave it"),
         (["--latent-dim", 16], r"--latent-dim 16: the S-VAE .* was trained with 8"),
@@ -240,11 +240,9 @@ def test_full_disk_does_not_stop_training(ar, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_leaves_a_checkpoint_and_the_same_command_continues(ar, tmp_path, number):
-    command = ar("run", "--max-steps", 5000)
+    command = ar("run", "--max-steps", 1000)
     process = small_run.start(*command)
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            break
+    small_run.wait_for(process, "   2/1000")
     sent = time.monotonic()
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -271,9 +269,7 @@ def test_a_signal_in_a_step_that_does_not_end(ar, tmp_path):
     )
     command = ar("run", "--max-steps", 5)
     process = small_run.start(*command, launcher=("-c", code))
-    for line in process.stdout:
-        if line.startswith("stuck"):
-            break
+    small_run.wait_for(process, "stuck")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM, output

@@ -138,7 +138,7 @@ def check_run(args: argparse.Namespace, steps_per_epoch: int) -> int:
         raise ValueError(f"--global-batch-size {args.global_batch_size} is more than the data set holds: lower it")
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     for flag, value in {"--warmup-steps": args.warmup_steps, "--decay-start": args.decay_start}.items():
-        if value >= total_steps:
+        if value > total_steps:
             raise ValueError(f"{flag} {value}: the run has only {total_steps} steps; lower it, or -1 for none")
     return total_steps
 
