@@ -8,6 +8,7 @@ SAMPLE.json. Exit status: 0, or 2 for an input that cannot be evaluated (one lin
 """
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import sys
@@ -166,6 +167,32 @@ def load_network(args: argparse.Namespace, device: torch.device) -> tuple[Incept
     return TensorFlowInception(path), record, weights.classifier is not None
 
 
+def extract_all(args: argparse.Namespace, device: torch.device, readers: list[NpzReader], batch_size: int):
+    """Of both files the features (None without images) and sha256; the Inception Score or None; the weights' record.
+
+    The network lives here only: the metrics that follow need the memory.
+    """
+    with agreement():
+        network, weights, classifies = load_network(args, device)
+    key = {"weights": weights["sha256"], "backend": args.backend, "tf32": args.tf32, "batch_size": batch_size}
+    with ThreadPoolExecutor(1) as background:
+
+        def compute(reader: NpzReader) -> tuple[Features, str]:
+            checksum = background.submit(reader.sha256) if distributed.is_main() else None
+            return extract(reader, network, batch_size, device), checksum.result() if checksum else ""
+
+        found = []
+        for reader in readers:
+            if not reader.count:
+                found.append((None, reader.sha256()))
+            else:
+                found.append(cached(reader, key, compute) if args.cache_features else compute(reader))
+    score = None
+    if classifies and distributed.is_main():
+        score = inception_score(found[1][0].pool, lambda pool: network.logits(pool.to(device)))
+    return *found, score, weights
+
+
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
     """The whole evaluation: on the main process, `metrics` by name (None: not available) and what made them."""
     started = time.monotonic()
@@ -173,37 +200,19 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
         reference, samples = NpzReader(args.ref_batch), NpzReader(args.sample_batch)
         if not samples.count:
             raise ValueError(f"{samples.path}: has statistics only; samples need images (arr_0)")
-        network, weights, classifies = load_network(args, device)
     notes = inspect(reference, samples)
     for note in notes:
         distributed.print0(f"warning: {note}", file=sys.stderr)
-
     batch_size = args.batch_size or (8 if device.type == "cpu" else 64)
-    key = {"weights": weights["sha256"], "backend": args.backend, "tf32": args.tf32, "batch_size": batch_size}
-    features: list[Features | None] = []
-    with ThreadPoolExecutor(1) as background:
-
-        def compute(reader: NpzReader) -> tuple[Features, str]:
-            checksum = background.submit(reader.sha256) if distributed.is_main() else None
-            return extract(reader, network, batch_size, device), checksum.result() if checksum else ""
-
-        files = []
-        for reader in (reference, samples):
-            if not reader.count:
-                found, sha256 = None, reader.sha256()
-            else:
-                found, sha256 = cached(reader, key, compute) if args.cache_features else compute(reader)
-            features.append(found)
-            files.append({"path": str(reader.path), "sha256": sha256, "images": reader.count, "height": reader.height,
-                          "width": reader.width, "statistics": sorted(reader.statistics)})  # fmt: skip
+    (of_reference, reference_sha256), (of_samples, samples_sha256), score, weights = extract_all(
+        args, device, [reference, samples], batch_size
+    )
     extracted = time.monotonic()
 
-    of_reference, of_samples = features
-    statistics = {**(of_reference.statistics if of_reference else {}), **reference.statistics}
     metrics = dict.fromkeys(METRICS)
+    metrics["Inception Score"] = score
     if distributed.is_main():
-        if classifies:
-            metrics["Inception Score"] = inception_score(network.logits(of_samples.pool.to(device)))
+        statistics = {**(of_reference.statistics if of_reference else {}), **reference.statistics}
         for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
             if mu in statistics:
                 mine = of_samples.statistics
@@ -212,24 +221,39 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
         pools = of_reference.pool.to(device), of_samples.pool.to(device)
         metrics["Precision"], metrics["Recall"] = precision_recall(*pools, half=args.pr_dtype == "float16")
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
     if args.backend == "tensorflow":
-        versions["tensorflow"] = network.version
+        versions["tensorflow"] = importlib.metadata.version("tensorflow")
     return {
         "metrics": metrics,
-        "reference": files[0],
-        "samples": files[1],
+        "reference": describe(reference, reference_sha256),
+        "samples": describe(samples, samples_sha256),
         "weights": weights,
         "backend": args.backend,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
         "processes": distributed.world_size(),
         "batch_size": batch_size,
-        "dtypes": {"network": "tf32" if args.tf32 else "float32", "precision and recall": args.pr_dtype,
-                   "statistics": "float64"},
-        "versions": versions,
+        "dtypes": {
+            "network": "tf32" if args.tf32 else "float32",
+            "precision and recall": args.pr_dtype,
+            "statistics": "float64",
+        },
+        "versions": {"python": platform.python_version(), **versions},
         "warnings": notes,
         "seconds": {"features": extracted - started, "metrics": time.monotonic() - extracted},
-    }  # fmt: skip
+    }
+
+
+def describe(reader: NpzReader, sha256: str) -> dict:
+    """The record of one file."""
+    return {
+        "path": str(reader.path),
+        "sha256": sha256,
+        "images": reader.count,
+        "height": reader.height,
+        "width": reader.width,
+        "statistics": sorted(reader.statistics),
+    }
 
 
 def report(result: dict) -> str:

@@ -24,7 +24,6 @@ class TensorFlowInception:
         except ImportError as error:
             raise ValueError(f"--backend tensorflow needs tensorflow 2.19 (pip install tensorflow): {error}") from None
         tf = tensorflow.compat.v1
-        self.version = tensorflow.__version__
         definition = tf.GraphDef.FromString(path.read_bytes())
         with tf.Graph().as_default() as graph:
             self.batch = tf.placeholder(tf.float32, (None, None, None, 3))

@@ -123,15 +123,17 @@ def brute_force(reference, samples):
 def small_blocks(monkeypatch):
     monkeypatch.setattr(pr, "BLOCK", 40)
     monkeypatch.setattr(pr, "STRIP", 16)
+    monkeypatch.setattr(pr, "TILE", 40)
 
 
 def test_float32_is_the_definition_and_blocks_do_not_matter(monkeypatch):
     x, y = features(150, 12), features(130, 12, seed=1, shift=0.1)
     expected = brute_force(x, y)
     assert 0.1 < expected[0] < 1 and 0.1 < expected[1] < 1
-    for block, strip in ((10_000, 1_000), (40, 16), (7, 7)):
+    for block, strip, tile in ((10_000, 1_000, 2_000), (40, 16, 9), (7, 7, 7)):
         monkeypatch.setattr(pr, "BLOCK", block)
         monkeypatch.setattr(pr, "STRIP", strip)
+        monkeypatch.setattr(pr, "TILE", tile)
         assert precision_recall(torch.from_numpy(x), torch.from_numpy(y), half=False) == pytest.approx(expected)
 
 
@@ -191,7 +193,7 @@ def test_only_the_block_that_overflows_is_in_float32(small_blocks):
     x[40:] *= 1000
     in_half = [
         bool(torch.equal(distances, distances.half().float()))
-        for _, columns, distances in pr.distance_strips(x, x, half=True)
+        for _, columns, distances in pr.distance_tiles(x, x, half=True)
         if columns.start == 0
     ]
     assert in_half == [True] * 3 + [False] * 3

@@ -5,6 +5,7 @@ Sources: Heusel et al., arXiv:1706.08500 (FID); Nash et al., arXiv:2103.03841 (s
 arXiv:1606.03498 (Inception Score); in the protocol of Dhariwal & Nichol, arXiv:2105.05233.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
         mean = self.total / self.count
-        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        covariance = torch.addr(self.outer, mean, mean, alpha=-self.count).div_(self.count - 1)
         return mean.cpu().numpy(), covariance.cpu().numpy()
 
 
@@ -80,15 +81,17 @@ def pivoted_cholesky(covariance: Tensor) -> Tensor:
     return torch.tensor(factor)
 
 
-def inception_score(logits: Tensor, block: int = INCEPTION_SCORE_BLOCK) -> float:
+def inception_score(
+    features: Tensor, to_logits: Callable[[Tensor], Tensor] = lambda logits: logits, block: int = INCEPTION_SCORE_BLOCK
+) -> float:
     """Mean over consecutive blocks of exp(mean KL(p(class | image) | p(class in the block))); Salimans et al.
 
-    Logits (N, classes) in the order of the file: on a file sorted by class the score is far smaller. A short last
-    block counts as one.
+    Features (N, ...) in the order of the file, which `to_logits` maps to (n, classes) a block at a time; logits by
+    default. On a file sorted by class the score is far smaller. A short last block counts as one.
     """
     scores = []
-    for part in logits.split(block):
-        log_p = torch.log_softmax(part.double(), dim=1)  # a float32 softmax underflows at gaps of 103
+    for part in features.split(block):
+        log_p = torch.log_softmax(to_logits(part).double(), dim=1)  # a float32 softmax underflows at gaps of 103
         log_mean = torch.logsumexp(log_p, dim=0) - np.log(len(part))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp())
     return torch.stack(scores).mean().item()

@@ -16,7 +16,7 @@ from utils import distributed
 
 NEIGHBOUR = 3  # number 0 is the feature itself
 BLOCK = 10_000  # rows and columns of one distance matrix of the published evaluator
-STRIP = 1_000  # rows of a block computed at once; strips are what processes share out
+STRIP, TILE = 1_000, 2_000  # rows and columns computed at once; strips of rows are what processes share out
 
 
 def precision_recall(reference: Tensor, samples: Tensor, *, half: bool = True) -> tuple[float, float]:
@@ -32,7 +32,7 @@ def precision_recall(reference: Tensor, samples: Tensor, *, half: bool = True) -
     reference_radii, sample_radii = radii(reference, half), radii(samples, half)
     reference_inside = torch.zeros(len(reference), device=reference.device)
     samples_inside = torch.zeros(len(samples), device=samples.device)
-    for rows, columns, distances in distance_strips(reference, samples, half):
+    for rows, columns, distances in distance_tiles(reference, samples, half):
         reference_inside[rows] += (distances <= sample_radii[columns]).any(dim=1)
         samples_inside[columns] += (distances <= reference_radii[rows, None]).any(dim=0)
     precision = (distributed.reduce_sum(samples_inside) > 0).double().mean()
@@ -44,34 +44,39 @@ def radii(features: Tensor, half: bool) -> Tensor:
     """Squared distance (N,) of every feature to its third neighbour."""
     nearest = torch.full((len(features), NEIGHBOUR + 1), torch.inf, device=features.device)
     mine = torch.zeros(len(features), device=features.device)
-    for rows, _, distances in distance_strips(features, features, half):
+    for rows, _, distances in distance_tiles(features, features, half):
         candidates = torch.cat([nearest[rows], distances], dim=1)
         nearest[rows] = candidates.topk(NEIGHBOUR + 1, largest=False).values
         mine[rows] = 1
     return distributed.reduce_sum(torch.where(mine > 0, nearest.amax(dim=1), 0))
 
 
-def distance_strips(u: Tensor, v: Tensor, half: bool) -> Iterator[tuple[slice, slice, Tensor]]:
-    """This process's share of the squared distances between u (N, D) and v (M, D), as (rows, columns, block)."""
-    for start in range(0, len(v), BLOCK):
-        columns = slice(start, min(start + BLOCK, len(v)))
-        for block in range(0, len(u), BLOCK):
-            strips = [
-                slice(row, min(row + STRIP, block + BLOCK, len(u)))
-                for row in range(block, min(block + BLOCK, len(u)), STRIP)
-            ]
-            in_half = half and all_finite(u, strips, v[columns])
-            for number, rows in enumerate(strips):
-                if (block // STRIP + number) % distributed.world_size() == distributed.rank():
-                    yield rows, columns, squared_distances(u[rows], v[columns], in_half)
+def distance_tiles(u: Tensor, v: Tensor, half: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    """This process's share of the squared distances between u (N, D) and v (M, D), as (rows, columns, tile)."""
+    for block_u in pieces(slice(0, len(u)), BLOCK):
+        for block_v in pieces(slice(0, len(v)), BLOCK):
+            in_half = half and all_finite(u[block_u], v[block_v])
+            for rows in pieces(block_u, STRIP):
+                if rows.start // STRIP % distributed.world_size() == distributed.rank():
+                    for columns in pieces(block_v, TILE):
+                        yield rows, columns, squared_distances(u[rows], v[columns], in_half)
 
 
-def all_finite(u: Tensor, strips: list[slice], v: Tensor) -> bool:
-    """Whether float16 holds all distances between the strips of u and v."""
-    norm_u, norm_v = u[strips[0].start : strips[-1].stop].square().sum(dim=1).max(), v.square().sum(dim=1).max()
-    if norm_u + norm_v + 2 * (norm_u * norm_v).sqrt() < 60_000:  # far below the largest float16: no need to look
+def pieces(whole: slice, length: int) -> list[slice]:
+    """`whole` cut into slices of `length`, the last one shorter."""
+    return [slice(start, min(start + length, whole.stop)) for start in range(whole.start, whole.stop, length)]
+
+
+def all_finite(u: Tensor, v: Tensor) -> bool:
+    """Whether float16 holds all distances between u and v."""
+    norm_u, norm_v = (torch.linalg.vector_norm(x, dim=1).max() for x in (u, v))
+    if (norm_u + norm_v).square() < 60_000:  # far below the largest float16: no need to look
         return True
-    return all(squared_distances(u[rows], v, True).isfinite().all() for rows in strips)
+    return all(
+        squared_distances(u[rows], v[columns], True).isfinite().all()
+        for rows in pieces(slice(0, len(u)), STRIP)
+        for columns in pieces(slice(0, len(v)), TILE)
+    )
 
 
 def squared_distances(u: Tensor, v: Tensor, half: bool) -> Tensor:
