@@ -8,8 +8,7 @@ import argparse
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -131,7 +130,7 @@ class Stage:
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            static_graph=True,
+            static_graph=args.grad_accum_steps == 1,  # torch cannot hold gradients back (no_sync) in a static graph
         )
 
     @property
@@ -177,11 +176,10 @@ class Stage:
                 scaler.load_state_dict(state[f"{name}scaler"])
 
 
-def splits(batches: list, wrapped: nn.Module) -> Iterator[tuple[object, object]]:
-    """(batch, context) of each part of a step: gradients travel between processes with the last part only."""
-    for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        yield batch, nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
+def reduction(wrapped: nn.Module, is_last: bool) -> AbstractContextManager:
+    """Around one part of a step: gradients are summed over processes with the last part only."""
+    held_back = isinstance(wrapped, DistributedDataParallel) and not is_last
+    return wrapped.no_sync() if held_back else nullcontext()
 
 
 def add_to(totals: dict[str, Tensor], share: float, **values: Tensor) -> None:
@@ -217,42 +215,43 @@ class SVAEStage(Stage):
             compile_blocks(*vae.encoder.layers, *vae.decoder.layers, vae.encoder.patchify, vae.decoder.unpatchify)
 
     def backward(self, batches: list, step: int) -> dict[str, Tensor]:
-        args, share, totals = self.args, 1 / len(batches), {}
-        weight = adversarial_weight(step, weight=args.disc_weight, start=args.disc_start)
-        passes = []
-        for batch, context in splits(batches, self.autoencoder):
+        share, totals = 1 / len(batches), {}
+        weight = adversarial_weight(step, weight=self.args.disc_weight, start=self.args.disc_start)
+        for i, batch in enumerate(batches):
+            is_last = i == len(batches) - 1
             images, index = self.images(batch), batch.index.to(self.device, non_blocking=True)
-            with context, self.autocast:
-                reconstruction, kl = self.autoencoder(images, *self.posterior_draws(index, step))
-                l1 = reconstruction_loss(reconstruction, images)
-                loss = args.reconstruction_weight * l1 + args.kl_weight * kl
-                add_to(totals, share, recon_loss=l1, kl_loss=kl)
-                if self.lpips is not None:
-                    perceptual = self.lpips(reconstruction, images).mean()
-                    loss = loss + args.perceptual_weight * perceptual
-                    add_to(totals, share, perceptual_loss=perceptual)
-                if weight > 0:
-                    self.discriminator.requires_grad_(False)
-                    adversarial = adversarial_loss(self.discriminator(reconstruction))
-                    self.discriminator.requires_grad_(True)
-                    loss = loss + weight * adversarial
-                    add_to(totals, share, adversarial_loss=adversarial)
-            with context:
+            with reduction(self.autoencoder, is_last):
+                with self.autocast:
+                    reconstruction, kl = self.autoencoder(images, *self.posterior_draws(index, step))
+                    loss, terms = self.objective(images, reconstruction, kl, weight)
                 self.differentiate("", share * loss)
-            add_to(totals, share, loss=loss)
+            add_to(totals, share, loss=loss, **terms)
             if weight > 0:
-                passes.append((images, reconstruction.detach()))
-
-        if self.adversary is not None and weight == 0:  # as in the recipe: until then it only decays
+                with reduction(self.adversary, is_last):
+                    with self.autocast:
+                        loss = self.adversary(images, reconstruction.detach())
+                    self.differentiate("discriminator_", share * weight * loss)
+                add_to(totals, share, discriminator_loss=loss)
+        if self.adversary is not None and weight == 0:  # as in the recipe: until its start it only decays
             for parameter in self.discriminator.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        for (images, reconstruction), context in splits(passes, self.adversary):
-            with context:
-                with self.autocast:
-                    loss = self.adversary(images, reconstruction)
-                self.differentiate("discriminator_", share * weight * loss)
-            add_to(totals, share, discriminator_loss=loss)
         return totals
+
+    def objective(
+        self, images: Tensor, reconstruction: Tensor, kl: Tensor, weight: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The S-VAE's loss and its terms by log name; `weight` is the adversary's at this step."""
+        terms = {"recon_loss": reconstruction_loss(reconstruction, images), "kl_loss": kl}
+        loss = self.args.reconstruction_weight * terms["recon_loss"] + self.args.kl_weight * kl
+        if self.lpips is not None:
+            terms["perceptual_loss"] = self.lpips(reconstruction, images).mean()
+            loss = loss + self.args.perceptual_weight * terms["perceptual_loss"]
+        if weight > 0:
+            self.discriminator.requires_grad_(False)  # only its input's gradient is wanted here
+            terms["adversarial_loss"] = adversarial_loss(self.discriminator(reconstruction))
+            self.discriminator.requires_grad_(True)
+            loss = loss + weight * terms["adversarial_loss"]
+        return loss, terms
 
     def pictures(self, averaged: Autoencoder, batch) -> Tensor:
         """Pictures of a batch (upper rows) and their reconstructions from the posterior's mean direction."""
@@ -292,12 +291,12 @@ class ARStage(Stage):
 
     def backward(self, batches: list, step: int) -> dict[str, Tensor]:
         share, totals = 1 / len(batches), {}
-        for batch, context in splits(batches, self.wrapped):
-            index = batch.index.to(self.device, non_blocking=True)
-            with context, self.autocast:
-                tokens = self.tokens(self.images(batch), index, step)
-                loss = self.wrapped(tokens, *self.draws(batch.label.to(self.device, non_blocking=True), index, step))
-            with context:
+        for i, batch in enumerate(batches):
+            index, label = (value.to(self.device, non_blocking=True) for value in (batch.index, batch.label))
+            with reduction(self.wrapped, is_last=i == len(batches) - 1):
+                with self.autocast:
+                    tokens = self.tokens(self.images(batch), index, step)
+                    loss = self.wrapped(tokens, *self.draws(label, index, step))
                 self.differentiate("", share * loss)
             add_to(totals, share, ar_loss=loss)
         return totals

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -204,33 +203,3 @@ def kill_savers(folder: CheckpointFolder, kills: int, size: int) -> tuple[int, i
 def test_killed_while_saving_loses_nothing(folder):
     _, lost = kill_savers(folder, kills=10, size=1_000_000)
     assert lost == 0
-
-
-@pytest.mark.faults
-def test_killed_200_times_while_saving(folder, capsys):
-    cut, lost = kill_savers(folder, kills=200, size=4_000_000)
-    with capsys.disabled():
-        print(f"\n200 SIGKILLs, {cut} of them inside a save: {lost} lost")
-    assert lost == 0 and cut > 20
-
-
-@pytest.mark.faults
-def test_a_disk_that_is_full(tmp_path, capsys):
-    """ENOSPC from a real file system of 8 MB (needs the right to mount)."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("may not mount a tmpfs")
-    try:
-        reports = []
-        folder = CheckpointFolder(disk / "checkpoints", reports.append)
-        folder.clean()
-        for step in range(1, 6):
-            folder.save(state(step, size=400_000 if step != 3 else 2_000_000), step)
-            assert folder.wait() == (step != 3)
-            assert is_whole(folder.latest_good()[1])
-        assert len(reports) == 1
-        with capsys.disabled():
-            print(f"\n{reports[0]}")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
