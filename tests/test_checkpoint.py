@@ -79,6 +79,7 @@ def test_truncated_newest_is_skipped(folder, share):
     path, saved = folder.latest_good()
     assert path.name == "step_00000001.pt" and is_whole(saved)
     assert len(folder.reports) == 1 and "step_00000002.pt" in folder.reports[0]
+    assert load(folder.folder / "last.pt")["step"] == 1
 
 
 def test_flipped_bytes_are_never_silently_wrong(tmp_path):

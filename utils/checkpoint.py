@@ -7,6 +7,7 @@ step_00001234_epoch_0050.pt for one that is kept for good. `last.pt` is a symbol
 import argparse
 import os
 import re
+import shutil
 import threading
 import zipfile
 from collections.abc import Callable
@@ -107,6 +108,7 @@ class CheckpointFolder:
                 self.report(f"skipped a checkpoint: {error}")
                 continue
             self.good.append(path)
+            self._point_last_to(path)  # an interrupted save may have left it one behind, or at a damaged file
             return path, state
         if found:
             raise ValueError(f"--results-dir: none of the {len(found)} checkpoints in {self.folder} is readable")
@@ -143,7 +145,10 @@ class CheckpointFolder:
             self.failed = True
             kept = self.good[-1] if self.good else "none yet"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.report(f"could not save {path}: {reason}; training goes on, last good checkpoint: {kept}")
+            free = shutil.disk_usage(self.folder).free / 1e9  # torch's error does not tell a full disk
+            self.report(
+                f"could not save {path}: {reason} ({free:.3g} GB free there); training goes on, last good one: {kept}"
+            )
             return
         self.failed = False
         self.good = [*(good for good in self.good[-1:] if good != path), path]
