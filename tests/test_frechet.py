@@ -146,6 +146,13 @@ def test_equal_sets_are_inside_each_other_and_far_ones_are_not(small_blocks):
         precision_recall(x, x[:3])
 
 
+def test_the_border_of_a_ball_belongs_to_it():
+    line = torch.tensor([[0.0], [1.0], [2.0], [3.0]])  # the ball of 3 reaches to 0 and 6, that of 8 to 5
+    samples = torch.tensor([[6.0], [6.5], [7.0], [8.0]])
+    assert precision_recall(line, samples) == (1 / 4, 0)
+    assert precision_recall(samples, line) == (0, 1 / 4)
+
+
 def tensorflow_distances(u, v):
     """The published block: float16, and float32 for all of it when a value is not finite."""
     import tensorflow as tf
