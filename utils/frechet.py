@@ -91,7 +91,11 @@ def inception_score(
     """
     scores = []
     for part in features.split(block):
-        log_p = torch.log_softmax(to_logits(part).double(), dim=1)  # a float32 softmax underflows at gaps of 103
-        log_mean = torch.logsumexp(log_p, dim=0) - np.log(len(part))
-        scores.append((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp())
+        total, negative_entropy = 0, 0
+        for rows in part.split(500):
+            log_p = torch.log_softmax(to_logits(rows).double(), dim=1)  # a float32 softmax underflows at gaps of 103
+            p = log_p.exp()
+            total, negative_entropy = total + p.sum(dim=0), negative_entropy + (p * log_p).sum()
+        mean = total / len(part)
+        scores.append((negative_entropy / len(part) - torch.xlogy(mean, mean).sum()).exp())
     return torch.stack(scores).mean().item()
