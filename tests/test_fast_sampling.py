@@ -1,14 +1,16 @@
 """The fast paths of sampling give the same numbers. No GPU here: its path is tested up to the launch of graphs."""
 
+import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import sample_ddp
-from models import PRESETS, SphereAR
+from models import PRESETS, SphereAR, checkpoint_state, config_to_dict
 from utils import few_rows
 from utils.few_rows import WAYS, FewRowLinear, choose_ways, fastest_way, use_ways
 from utils.noise import Purpose, normals
@@ -133,6 +135,45 @@ def test_a_graph_copies_its_inputs_and_replays(monkeypatch):
         assert graphed(x, y).tolist() == [a * b, a * b]
     assert len(calls) == 2 + 1 + 2  # warm-ups, capture, replays
     assert graphed.inputs[1] is not y
+
+
+# ---- the script
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """script(folder, flags...) -> images, by sample_ddp.py in this process with a random SphereAR-Nano."""
+    monkeypatch.setattr(sample_ddp, "raise_on_signals", lambda: None)
+    model = make_model()
+    torch.save({"model": checkpoint_state(model), "config": config_to_dict(model.config)}, tmp_path / "nano.pt")
+
+    def run(folder, *flags):
+        argv = ["--ckpt", tmp_path / "nano.pt", "--sample-dir", tmp_path / folder, "--num-sampling-steps", STEPS]
+        argv += ["--num-fid-samples", 5, "--per-proc-batch-size", 3, "--to-npz", *flags]
+        assert sample_ddp.main([str(word) for word in argv]) == 0
+        with np.load(tmp_path / folder / "samples.npz", allow_pickle=False) as archive:
+            return archive["arr_0"].astype(int)
+
+    return run
+
+
+def test_the_script_compiles_once_and_fills_up_the_last_batch(script, eager_tracing):
+    compiled = script("compiled", "--compile")
+    assert eager_tracing["unique_graphs"] == 7 + 2  # as above, noise for either purpose; none for the short last batch
+    assert np.abs(compiled - script("plain", "--no-compile")).max() <= 1
+
+
+def test_a_run_keeps_to_the_linear_ways_it_chose(script, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample_ddp, "LARGE", 0)
+    monkeypatch.setattr(sample_ddp, "choose_ways", lambda trunk, rows: asked.append(rows) or {"192 x 192": "columns"})
+    images = script("run")
+    assert asked == [6]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["linear_ways"] == {"6": {"192 x 192": "columns"}}
+    (tmp_path / "run" / "samples.npz").unlink()
+    (tmp_path / "run" / "shards").mkdir(exist_ok=True)
+    assert (script("run") == images).all() and asked == [6]
+    assert np.abs(script("plain", "--no-compile") - images).max() <= 1 and asked == [6]
 
 
 # ---- few rows

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-TRIAL_SECONDS = 0.02  # per way and shape
+TRIAL_SECONDS = 0.05  # per way and shape
 TRIAL_LAYERS = 8  # of one shape, in turn: the weights of one alone would stay in the cache
 GAIN = 1.1  # what a way must gain over F.linear to replace it
 
