@@ -53,13 +53,16 @@ def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarr
     scipy.linalg.sqrtm, is the sum of the roots of the eigenvalues of a symmetric matrix. Where both covariances have
     full rank (N > D) it equals sqrtm's to 1e-11; elsewhere it is the exact value, which sqrtm misses by 1e-6 of it.
     """
-    # Copies, because torch's own memory is aligned: equal values then give equal bits.
-    mean1, covariance1, mean2, covariance2 = (
-        torch.tensor(value, dtype=torch.float64) for value in (mean1, covariance1, mean2, covariance2)
-    )
+    mean1, covariance1, mean2, covariance2 = map(aligned, (mean1, covariance1, mean2, covariance2))
     difference = mean1 - mean2
     root = trace_of_root(covariance1, covariance2)
     return (difference @ difference + covariance1.trace() + covariance2.trace() - 2 * root).item()
+
+
+def aligned(values: np.ndarray) -> Tensor:
+    """As a float64 tensor whose memory is aligned as torch's own: equal values then give equal bits."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return values if values.data_ptr() % 64 == 0 else values.clone()
 
 
 def trace_of_root(covariance1: Tensor, covariance2: Tensor) -> Tensor:
