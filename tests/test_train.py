@@ -80,9 +80,6 @@ def test_accumulation_is_the_same_update(ar):
     whole = run_here(*ar("whole", "--max-steps", 3))
     parts = run_here(*ar("parts", "--max-steps", 3, "--grad-accum-steps", 4))
     assert largest_difference(gradients(whole), gradients(parts)) < 1e-5
-    assert (
-        largest_difference(whole["ema"], parts["ema"]) < 2e-3
-    )  # Adam's m / sqrt(v) magnifies the rounding of tiny ones
     assert differences(whole["model"], parts["model"]) != []  # it did run in parts
 
 
