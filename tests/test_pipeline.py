@@ -59,8 +59,9 @@ def test_from_digits_to_metrics(tmp_path):
     with np.load(reference, allow_pickle=False) as arrays:
         np.savez(few, arr_0=arrays["arr_0"][:20])
     torchrun("evaluator.py", few, samples / "samples.npz")
-    metrics = json.loads((samples / "samples.json").read_text())
-    assert metrics
+    record = json.loads((samples / "samples.json").read_text())
+    assert record["settings"]["--labels"] == "balanced"  # the sampler's receipt
+    assert record["evaluation"]["metrics"]["FID"] > 0
     assert class_agreement(str(reference), str(samples / "samples.npz")) <= 1
 
 
