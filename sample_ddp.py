@@ -117,7 +117,12 @@ def make_labels(args: argparse.Namespace, num_classes: int) -> np.ndarray:
 
 
 def image_noise(
-    seed: int, images: Tensor, num_steps: int, channels: int, draw: Callable = normals, on_token: Callable = int
+    seed: int,
+    images: Tensor,
+    num_steps: int,
+    channels: int,
+    draw: Callable = normals,
+    on_token: Callable = lambda: None,
 ) -> Callable[[int, int], Tensor]:
     """The noise source of a batch for `generate_tokens`: every value addressed by (seed, image, token, step).
 
