@@ -45,7 +45,7 @@ def test_a_disk_that_is_full(tmp_path, capsys):
 @pytest.mark.parametrize("stage", ["svae", "ar"])
 def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(tmp_path, stage, processes, capsys):
     data, svae = small_run.write_tar(tmp_path / "train.tar"), small_run.write_svae(tmp_path / "svae.pt")
-    extra = "--max-steps", 40, "--save-every", 3, "--grad-accum-steps", 1 if stage == "svae" else 2
+    extra = "--max-steps", 60, "--save-every", 3, "--grad-accum-steps", 1 if stage == "svae" else 2
     whole, killed = (
         flags(data, tmp_path / name, *extra, svae=svae if stage == "ar" else None) for name in ("whole", "killed")
     )
@@ -53,7 +53,7 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(tmp_path, stage,
     draws, kills, process = random.Random(0), 0, start(*killed, processes=processes)
     while kills < 8:
         small_run.wait_for(process, "steps done;")  # the run's first line
-        time.sleep(draws.uniform(0, 4))
+        time.sleep(draws.uniform(0, 1.5))
         if process.poll() is not None:
             break
         kill_tree(process)
