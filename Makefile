@@ -10,7 +10,7 @@ READY := .venv/.ready
 Q := quickstart
 DATA := $(Q)/data/mnist.tar
 RECIPE := --model SphereAR-Nano --data-path $(DATA) --num-classes 10 --aug-decay-start-epoch 0 --aug-decay-end-epoch 0 \
-	--global-batch-size 64 --lr 1e-3 --min-lr 1e-5 --warmup-steps 30 --num-workers 0 --log-every 25 --save-every 100
+	--global-batch-size 64 --lr 1e-3 --min-lr 1e-5 --warmup-steps 30 --num-workers 0 --no-flip --log-every 25 --save-every 100
 NUM_SAMPLES := 1000
 
 .PHONY: quickstart test test-faults clean
@@ -26,7 +26,7 @@ quickstart: $(READY)
 	@echo "== 1/5 real pictures: 5,000 handwritten digits as an ImageNet-shaped tar"
 	$(PY) -m dataset.toy --out $(Q)/data
 	@echo "== 2/5 S-VAE"
-	$(PY) train.py $(RECIPE) --vae-only --results-dir $(Q)/svae --max-steps 450 --perceptual-weight 0 --disc-weight 0
+	$(PY) train.py $(RECIPE) --vae-only --results-dir $(Q)/svae --max-steps 450 --decay-start 30 --perceptual-weight 0 --disc-weight 0
 	@echo "== 3/5 SphereAR-Nano"
 	$(PY) train.py $(RECIPE) --results-dir $(Q)/ar --max-steps 900 --ema 0.99 --trained-vae $(Q)/svae/checkpoints/last.pt
 	@echo "== 4/5 $(NUM_SAMPLES) samples"
@@ -35,7 +35,8 @@ quickstart: $(READY)
 		--per-proc-batch-size 250 --to-npz
 	@echo "== 5/5 metrics"
 	$(PY) evaluator.py $(Q)/data/reference.npz $(Q)/samples/samples.npz
-	$(PY) -m dataset.judge $(Q)/data/reference.npz $(Q)/samples/samples.npz
+	$(PY) -m dataset.judge $(DATA) $(Q)/samples/samples.npz
+	@echo "picture: $(Q)/samples/contact_sheet.png"
 
 test: $(READY)
 	.venv/bin/ruff check .

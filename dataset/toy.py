@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+REFERENCE_PER_DIGIT = 100  # pictures of each digit that the metrics compare with
 DIGITS = "data/data/mnist_5k.csv.gz"  # 5,000 rows: 784 grey levels, then the digit
 
 
@@ -31,8 +32,8 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 def write_toy(out: str | Path, count: int = 5000) -> tuple[Path, Path]:
     """Write OUT/mnist.tar and OUT/reference.npz, each atomically and only where missing; returns both paths.
 
-    The reference holds the same pictures, uint8 (N, 32, 32, 3) `arr_0`, and their labels, int64 (N,) `arr_1`.
-    `count` pictures, equally many of each digit. Raises ValueError where `count` is not 10 to 5000 in tens.
+    The tar holds `count` pictures, equally many of each digit; the reference the first 100 of each, uint8
+    (N, 32, 32, 3) `arr_0`, and their labels, int64 (N,) `arr_1`. Raises ValueError where `count` is not 10 to 5000 in tens.
     """
     if not 10 <= count <= 5000 or count % 10:
         raise ValueError(f"--count {count}: expected a multiple of 10 from 10 to 5000")
@@ -41,12 +42,19 @@ def write_toy(out: str | Path, count: int = 5000) -> tuple[Path, Path]:
     if tar.exists() and reference.exists():
         return tar, reference
     images, labels = read_digits()
-    keep = np.sort(np.concatenate([np.flatnonzero(labels == digit)[: count // 10] for digit in range(10)]))
+    keep = first_of_each(labels, count // 10)
     images, labels = images[keep], labels[keep]
+    shown = first_of_each(labels, REFERENCE_PER_DIGIT)
+    reference_images = np.repeat(images[shown][..., None], 3, axis=3)
     out.mkdir(parents=True, exist_ok=True)
     _write(tar, lambda file: _write_tar(file, images, labels))
-    _write(reference, lambda file: np.savez(file, arr_0=np.repeat(images[..., None], 3, axis=3), arr_1=labels))
+    _write(reference, lambda file: np.savez(file, arr_0=reference_images, arr_1=labels[shown]))
     return tar, reference
+
+
+def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
+    """Places of the first `count` pictures of each digit, ascending."""
+    return np.sort(np.concatenate([np.flatnonzero(labels == digit)[:count] for digit in range(10)]))
 
 
 def _write_tar(file: BinaryIO, images: np.ndarray, labels: np.ndarray) -> None:

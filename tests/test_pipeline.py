@@ -62,15 +62,21 @@ def test_from_digits_to_metrics(tmp_path):
     record = json.loads((samples / "samples.json").read_text())
     assert record["settings"]["--labels"] == "balanced"  # the sampler's receipt
     assert record["evaluation"]["metrics"]["FID"] > 0
-    assert class_agreement(str(reference), str(samples / "samples.npz")) <= 1
+    assert class_agreement(str(tar), str(samples / "samples.npz")) <= 1
 
 
 def test_the_judge_knows_the_real_digits(tmp_path):
-    _, reference = write_toy(tmp_path, count=500)
-    assert class_agreement(str(reference), str(reference)) > 0.97
+    tar, reference = write_toy(tmp_path, count=500)
+    assert class_agreement(str(tar), str(reference)) > 0.97
     with np.load(reference, allow_pickle=False) as arrays:
         np.savez(tmp_path / "wrong.npz", arr_0=arrays["arr_0"], arr_1=(arrays["arr_1"] + 1) % 10)
         np.savez(tmp_path / "bare.npz", arr_0=arrays["arr_0"])
-    assert class_agreement(str(reference), str(tmp_path / "wrong.npz")) < 0.03
+    assert class_agreement(str(tar), str(tmp_path / "wrong.npz")) < 0.03
     with pytest.raises(ValueError, match="needs arr_0"):
-        class_agreement(str(reference), str(tmp_path / "bare.npz"))
+        class_agreement(str(tar), str(tmp_path / "bare.npz"))
+
+
+def test_the_reference_is_a_hundred_of_each_digit(tmp_path):
+    _, reference = write_toy(tmp_path, count=1100)
+    with np.load(reference, allow_pickle=False) as arrays:
+        assert np.bincount(arrays["arr_1"]).tolist() == [100] * 10
