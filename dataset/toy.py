@@ -33,7 +33,8 @@ def write_toy(out: str | Path, count: int = 5000) -> tuple[Path, Path]:
     """Write OUT/mnist.tar and OUT/reference.npz, each atomically and only where missing; returns both paths.
 
     The tar holds `count` pictures, equally many of each digit; the reference the first 100 of each, uint8
-    (N, 32, 32, 3) `arr_0`, and their labels, int64 (N,) `arr_1`. Raises ValueError where `count` is not 10 to 5000 in tens.
+    (N, 32, 32, 3) `arr_0`, and their labels, int64 (N,) `arr_1`. Raises ValueError where `count` is not 10 to
+    5000 in tens.
     """
     if not 10 <= count <= 5000 or count % 10:
         raise ValueError(f"--count {count}: expected a multiple of 10 from 10 to 5000")
