@@ -29,9 +29,9 @@ from models.inception import POOL_DIM, SPATIAL_DIM, Inception
 from models.inception_tensorflow import TensorFlowInception
 from models.inception_weights import ORIGINAL_KIND, find_weights, read_weights
 from utils import distributed
+from utils.atomic import atomic_file
 from utils.feature_cache import load_features, save_features
 from utils.frechet import Moments, frechet_distance, inception_score
-from utils.npz import atomic_file
 from utils.npz_reader import NpzReader
 from utils.precision_recall import precision_recall
 

@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 from models import PRESETS, SphereAR, load_checkpoint
 from utils import distributed
+from utils.atomic import atomic_file
 from utils.contact_sheet import layout, write_contact_sheet
 from utils.few_rows import choose_ways, use_ways
 from utils.noise import Purpose, normals, words
-from utils.npz import Range, assemble, atomic_file, finished_shards, missing_ranges, read_image, write_shard
+from utils.npz import Range, assemble, finished_shards, missing_ranges, read_image, write_shard
 from utils.run_folder import Stopped, open_run, raise_on_signals, write_json
 from utils.static_generation import cast_weights, make_static
 

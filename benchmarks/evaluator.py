@@ -23,8 +23,8 @@ import torch
 
 import evaluator
 from tests.graph_def import inception_graph
+from utils.atomic import atomic_file
 from utils.frechet import frechet_distance
-from utils.npz import atomic_file
 
 RESULT = Path(__file__).parent / "results" / "evaluator.json"
 

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sample_ddp
 from models import PRESETS, SphereAR
 from models.flow import guide, time_grid
+from utils.atomic import atomic_file
 from utils.few_rows import choose_ways, use_ways
-from utils.npz import atomic_file
 from utils.static_generation import cast_weights, make_static
 
 SCALE = 4.5

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from utils.npz import assemble, atomic_file, finished_shards, missing_ranges, read_image, write_shard
+from utils.atomic import atomic_file
+from utils.npz import assemble, finished_shards, missing_ranges, read_image, write_shard
 
 SIZE = 8
 IMAGES = np.random.RandomState(0).randint(0, 256, (10, SIZE, SIZE, 3), np.uint8)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from utils.atomic import sync
+
 NAME = re.compile(r"step_(\d{8,})(_epoch_\d{4,})?\.pt")
 
 
@@ -51,15 +53,6 @@ def write(state: dict, path: Path) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's contents, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def snapshot(value: object, copies: dict | None = None) -> object:

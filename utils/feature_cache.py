@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.npz import atomic_file
+from utils.atomic import atomic_file
 
 
 def cache_path(images: Path) -> Path:
