@@ -10,8 +10,8 @@ READY := .venv/.ready
 Q := quickstart
 DATA := $(Q)/data/mnist.tar
 RECIPE := --model SphereAR-Nano --data-path $(DATA) --num-classes 10 --aug-decay-start-epoch 0 --aug-decay-end-epoch 0 \
-	--global-batch-size 64 --lr 1e-3 --min-lr 1e-5 --warmup-steps 30 --num-workers 0 --no-flip --log-every 25 --save-every 100
-NUM_SAMPLES := 1000
+	--global-batch-size 32 --lr 1e-3 --min-lr 1e-5 --warmup-steps 30 --num-workers 0 --no-flip --log-every 50 --save-every 100
+NUM_SAMPLES := 500
 
 .PHONY: quickstart test test-faults clean
 
@@ -26,12 +26,12 @@ quickstart: $(READY)
 	@echo "== 1/5 real pictures: 5,000 handwritten digits as an ImageNet-shaped tar"
 	$(PY) -m dataset.toy --out $(Q)/data
 	@echo "== 2/5 S-VAE"
-	$(PY) train.py $(RECIPE) --vae-only --results-dir $(Q)/svae --max-steps 450 --decay-start 30 --perceptual-weight 0 --disc-weight 0
+	$(PY) train.py $(RECIPE) --vae-only --results-dir $(Q)/svae --max-steps 800 --decay-start 400 --perceptual-weight 0 --disc-weight 0
 	@echo "== 3/5 SphereAR-Nano"
-	$(PY) train.py $(RECIPE) --results-dir $(Q)/ar --max-steps 900 --ema 0.99 --trained-vae $(Q)/svae/checkpoints/last.pt
+	$(PY) train.py $(RECIPE) --results-dir $(Q)/ar --max-steps 1000 --ema 0.99 --trained-vae $(Q)/svae/checkpoints/last.pt
 	@echo "== 4/5 $(NUM_SAMPLES) samples"
 	$(PY) sample_ddp.py --model SphereAR-Nano --ckpt $(Q)/ar/checkpoints/last.pt --sample-dir $(Q)/samples \
-		--num-fid-samples $(NUM_SAMPLES) --labels balanced --num-sampling-steps 25 --cfg-scale 1.5 \
+		--num-fid-samples $(NUM_SAMPLES) --labels balanced --num-sampling-steps 25 --cfg-scale 3 \
 		--per-proc-batch-size 250 --to-npz
 	@echo "== 5/5 metrics"
 	$(PY) evaluator.py $(Q)/data/reference.npz $(Q)/samples/samples.npz

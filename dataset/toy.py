@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-REFERENCE_PER_DIGIT = 100  # pictures of each digit that the metrics compare with
+REFERENCE_PER_DIGIT = 50  # pictures of each digit that the metrics compare with
 DIGITS = "data/data/mnist_5k.csv.gz"  # 5,000 rows: 784 grey levels, then the digit
 
 
@@ -32,7 +32,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 def write_toy(out: str | Path, count: int = 5000) -> tuple[Path, Path]:
     """Write OUT/mnist.tar and OUT/reference.npz, each atomically and only where missing; returns both paths.
 
-    The tar holds `count` pictures, equally many of each digit; the reference the first 100 of each, uint8
+    The tar holds `count` pictures, equally many of each digit; the reference the first 50 of each, uint8
     (N, 32, 32, 3) `arr_0`, and their labels, int64 (N,) `arr_1`. Raises ValueError where `count` is not 10 to
     5000 in tens.
     """

@@ -118,6 +118,7 @@ class ConvReLU(nn.Conv2d):
         padding = (0, 0) if row.valid else (row.kernel[0] // 2, row.kernel[1] // 2)
         super().__init__(channels, row.width, row.kernel, row.stride, padding)
         self.scope = scope
+        self.packed: Tensor | None = None
 
     def fold(self, parameters: ConvParameters) -> None:
         """Take weight and batch norm over, folded in float64."""
@@ -128,8 +129,17 @@ class ConvReLU(nn.Conv2d):
             self.weight.copy_(parameters.weight.double() * scale[:, None, None, None])
             self.bias.copy_(parameters.beta.double() - parameters.mean.double() * scale)
 
+    def pack(self, like: Tensor) -> None:
+        """Bring the weight into the layout that oneDNN likes best for inputs `like` this; the plain one goes."""
+        geometry = list(self.padding), list(self.stride), list(self.dilation), self.groups
+        self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(like.shape))
+        self.weight = None
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu_(super().forward(x))
+        if self.packed is None:
+            return F.relu_(super().forward(x))
+        geometry = list(self.padding), list(self.stride), list(self.dilation), self.groups
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *geometry, "relu", [], "")
 
 
 class SideBySide(nn.ModuleList):
@@ -190,6 +200,20 @@ class Inception(nn.Module):
             convolution.fold(parameters[scope])
         self.classifier = classifier
         return self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def pack(self, batch_size: int) -> "Inception":
+        """For inference on a CPU only, best in such batches: weights in oneDNN's own layout, ReLU inside convolutions.
+
+        Takes the operators of torch's own compiler, which are not public; without them nothing changes.
+        """
+        names = "_reorder_convolution_weight", "_convolution_pointwise"
+        if torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names):
+            hooks = [c.register_forward_pre_hook(lambda c, inputs: c.pack(*inputs)) for c in self.convolutions().values()]
+            with torch.inference_mode():
+                self(torch.zeros(batch_size, INPUT_SIZE, INPUT_SIZE, 3))
+            for hook in hooks:
+                hook.remove()
+        return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, H, W, 3), uint8 or float in 0..255, to pool features (B, 2048) and spatial ones (B, 2023)."""
