@@ -301,6 +301,15 @@ class ARStage(Stage):
             add_to(totals, share, ar_loss=loss)
         return totals
 
+    def load_state(self, state: dict) -> None:
+        for name, value in self.trained.vae.state_dict().items():
+            if not torch.equal(value.cpu(), state["model"][f"vae.{name}"]):
+                raise ValueError(
+                    f"--trained-vae {self.args.trained_vae}: other weights than those that the run in --results-dir "
+                    f"{self.args.results_dir} is trained on; name that S-VAE, or another --results-dir"
+                )
+        super().load_state(state)
+
     @torch.no_grad()
     def tokens(self, images: Tensor, index: Tensor, step: int) -> Tensor:
         """Latent tokens (B, P, C): a sample of the frozen S-VAE's posterior."""
@@ -321,7 +330,7 @@ class ARStage(Stage):
     def pictures(self, averaged: SphereAR, batch) -> Tensor:
         """Samples of the classes 0, 1, 2, … with guidance, the same noise every time."""
         labels = torch.arange(PICTURES, device=self.device) % self.config.num_classes
-        with torch.random.fork_rng(), self.autocast:
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), self.autocast:
             torch.manual_seed(self.args.global_seed)
             return averaged.generate(labels, **SAMPLE_SETTINGS)
 
@@ -336,7 +345,6 @@ def restore(checkpoints: CheckpointFolder, stage: Stage, ema: EMA | None, args: 
     """Continue the run in --results-dir, if there is one; the number of updates it has made."""
     found = None
     if distributed.is_main():
-        checkpoints.clean()
         found = checkpoints.latest_good()
     path = distributed.gather_objects(found and found[0])[0]
     if path is None:
@@ -368,7 +376,7 @@ def stop_if_broken(tracker: Tracker, checkpoints: CheckpointFolder, limit: int) 
         last = checkpoints.good[-1] if checkpoints.good else "none"
         raise FloatingPointError(
             f"{skipped} updates in a row were not finite (--max-skipped-steps {limit}); stopped. Last checkpoint, from "
-            f"before them: {last}. Continue with another --results-dir and a lower --lr, or without --mixed-precision"
+            f"before them: {last}. The same command with a lower --lr or --mixed-precision none continues from it"
         )
     return skipped > 0
 
@@ -386,6 +394,13 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--mixed-precision fp16: needs a GPU; take none or bf16")
     torch.manual_seed(args.global_seed)
 
+    results = Path(args.results_dir)
+    checkpoints = CheckpointFolder(results / "checkpoints", report=warn)
+    if distributed.is_main():
+        try:
+            checkpoints.clean()
+        except OSError as error:
+            raise ValueError(f"--results-dir {results}: cannot be written ({error}); choose another folder") from None
     vae = None if args.vae_only else load_svae(args.trained_vae)
     config = svae_config(args) if vae is None else ar_config(args, vae.config)
     data = build_dataset(
@@ -393,13 +408,12 @@ def main(argv: list[str] | None = None) -> int:
         num_classes=PRESETS[args.model].num_classes if args.num_classes is None else args.num_classes,
         seed=args.global_seed, flip=not args.no_flip,
     )  # fmt: skip
+    args.num_pictures = len(data)
     steps_per_epoch = len(data) // args.global_batch_size
     total_steps = check_run(args, steps_per_epoch)
     batch_size = args.global_batch_size // (args.world_size * args.grad_accum_steps)
     stage = SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, device)
     ema = EMA(stage.trained.named_parameters(), args.ema) if args.ema > 0 else None
-    results = Path(args.results_dir)
-    checkpoints = CheckpointFolder(results / "checkpoints", report=warn)
     step = restore(checkpoints, stage, ema, args)
 
     def state() -> dict:
@@ -458,14 +472,15 @@ def main(argv: list[str] | None = None) -> int:
             log_pictures(tracker, stage, ema, batches[0], step)
         if step % args.save_every == 0 or ends_epoch or is_last or stopped:
             skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
-            if distributed.is_main() and (is_last or not skipping):
-                kept = ends_epoch and step // steps_per_epoch % args.keep_freq == 0
+            kept = ends_epoch and step // steps_per_epoch % args.keep_freq == 0
+            if distributed.is_main() and (is_last or stopped or kept or not skipping):
                 checkpoints.save(state(), step, step // steps_per_epoch if kept else None)
 
     saved = checkpoints.wait()
     preemption.close()
     if stopped:
-        tracker.print(f"stopped by a signal after step {step}; the same command continues")
+        newest = f"step {step}" if saved else f"{checkpoints.good[-1].name if checkpoints.good else 'the start'}"
+        tracker.print(f"stopped by a signal after step {step}; the same command continues from {newest}")
     tracker.close()
     distributed.barrier()
     distributed.cleanup()
@@ -479,7 +494,7 @@ def warn(text: str) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"train.py: {error}\nRaise --grad-accum-steps (same update, less memory), or add --grad-checkpointing")

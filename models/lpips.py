@@ -60,7 +60,10 @@ class LPIPS(nn.Module):
             features = vgg16(weights=None, init_weights=False).features[: STAGE_ENDS[-1]]
         prefix = "features."
         convolutions = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        features.load_state_dict(convolutions, assign=True)
+        try:
+            features.load_state_dict(convolutions, assign=True)
+        except RuntimeError as error:
+            raise ValueError("--vgg-weights: the file holds other weights than torchvision's VGG16") from error
         for module in features:
             if isinstance(module, nn.ReLU):
                 module.inplace = False  # the values before it are needed for its gradient under compilation

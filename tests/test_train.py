@@ -1,6 +1,8 @@
 """Training as a whole, in this process: resume, accumulation, bad numbers, wrong flags."""
 
+import shutil
 import signal
+import tarfile
 import time
 
 import pytest
@@ -122,6 +124,15 @@ def test_discriminator_starts_when_told_and_is_spared_in_the_generators_pass(fil
     assert state["discriminator"]
 
 
+def unpack(tar, folder):
+    """A tar of class tars as a folder of class folders."""
+    with tarfile.open(tar) as outer:
+        for member in outer:
+            with tarfile.open(fileobj=outer.extractfile(member)) as inner:
+                inner.extractall(folder / member.name.removesuffix(".tar"), filter="data")
+    return folder
+
+
 class Poisoned:
     """Makes the loss of chosen steps (by index) infinite."""
 
@@ -177,6 +188,14 @@ def test_too_many_bad_steps_stop_with_a_checkpoint_from_before(ar, tmp_path, mon
         (["--num-classes", 5], "--num-classes"),
         (["--decay-start", 1, "--warmup-steps", 2], "--decay-start 1: must not be before"),
         (["--data-path", "nowhere.tar"], "--data-path"),
+        (["--weight-decay", -1], "--weight-decay -1.0: must be at least 0"),
+        (["--sample-every", -5], "--sample-every -5"),
+        (["--beta1", 2], r"--beta1 2.0: must lie in \[0, 1\)"),
+        (["--class-dropout", 2], "--class-dropout 2.0"),
+        (["--patch-size", 3], "--patch-size 3"),
+        (["--cls-token-num", 0], "--cls-token-num 0"),
+        (["--global-seed", -1], "--global-seed -1"),
+        (["--results-dir", "/proc/nowhere"], "--results-dir /proc/nowhere: cannot be written"),
     ],
 )
 def test_wrong_flags_are_refused_with_the_remedy(ar, extra, message):
@@ -193,12 +212,53 @@ def test_ar_needs_an_svae(files, tmp_path):
 
 def test_another_run_in_the_same_folder_is_refused(ar, files, tmp_path):
     run_here(*ar("run", "--max-steps", 1))
-    with pytest.raises(ValueError, match=r"lr was 0.001, now 0.002"):
-        train.main(ar("run", "--max-steps", 2, "--lr", 2e-3))
+    with pytest.raises(ValueError, match=r"ema was 0.9, now 0.5"):
+        train.main(ar("run", "--max-steps", 2, "--ema", 0.5))
     with pytest.raises(ValueError, match=r"architecture was .*num_class_tokens"):
         train.main(ar("run", "--max-steps", 2, "--cls-token-num", 2))
     with pytest.raises(ValueError, match="vae_only was False, now True"):
         train.main(flags(files[0], tmp_path / "run", "--max-steps", 2))
+    other = load(files[1])
+    torch.save({**other, "model": {name: value + 1 for name, value in other["model"].items()}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"--trained-vae .*other.pt: other weights"):
+        train.main(ar("run", "--max-steps", 2, "--trained-vae", tmp_path / "other.pt"))
+    shutil.copytree(unpack(files[0], tmp_path / "folder"), tmp_path / "fewer")
+    next((tmp_path / "fewer").glob("*/*")).unlink()
+    with pytest.raises(ValueError, match="num_pictures was 52, now 51"):
+        train.main(ar("run", "--max-steps", 2, "--data-path", tmp_path / "fewer"))
+
+
+def test_a_lower_learning_rate_may_continue_a_run(ar, capsys):
+    run_here(*ar("run", "--max-steps", 1))
+    run_here(*ar("run", "--max-steps", 2, "--lr", 1e-4))
+    assert "continuing with another --lr: 0.0001 instead of 0.001" in capsys.readouterr().out
+
+
+def test_skipped_steps_do_not_cost_an_epochs_checkpoint(ar, tmp_path, monkeypatch):
+    Poisoned(monkeypatch, {STEPS_PER_EPOCH - 1})
+    run_here(*ar("run", "--max-steps", STEPS_PER_EPOCH + 1, "--keep-freq", 1))
+    assert load(tmp_path / f"run/checkpoints/step_{STEPS_PER_EPOCH:08d}_epoch_0001.pt")["step"] == STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize("disk_full", [False, True])
+def test_a_signal_in_a_skipped_step_still_saves_and_says_from_where_to_continue(
+    ar, tmp_path, monkeypatch, capsys, disk_full
+):
+    Poisoned(monkeypatch, {2})
+    requested = train.Preemption.requested
+    monkeypatch.setattr(train.Preemption, "requested", lambda self: requested(self) or self.calls() == 3)
+    calls = iter(range(1, 100))
+    monkeypatch.setattr(train.Preemption, "calls", lambda self: next(calls), raising=False)
+    if disk_full:
+        monkeypatch.setattr("utils.checkpoint.write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    train.main(ar("run", "--max-steps", 9, "--save-every", 9))
+    assert f"continues from {'the start' if disk_full else 'step 3'}" in capsys.readouterr().out
+    assert (tmp_path / "run/checkpoints/step_00000003.pt").exists() is not disk_full
+
+
+def test_foreign_vgg_weights_are_refused(files, tmp_path):
+    with pytest.raises(ValueError, match="--vgg-weights"):
+        train.main(flags(files[0], tmp_path / "run", "--perceptual-weight", 1, "--vgg-weights", files[1]))
 
 
 def test_damaged_newest_checkpoint_gives_way_to_the_one_before(ar, tmp_path, capsys):

@@ -8,8 +8,9 @@ from pathlib import Path
 SVAE_RECIPE = dict(epochs=100, global_batch_size=256, lr=1e-4, warmup_steps=-1, decay_start=-1, ema=0.0)
 AR_RECIPE = dict(epochs=400, global_batch_size=512, lr=3e-4, warmup_steps=20_000, decay_start=None, ema=0.9999)
 
-# What may change when a run is continued; everything else must be as it was
-FREE = {
+# What may change when a run is continued, and what may change but is said; everything else must be as it was
+SAID = {"lr", "min_lr", "max_grad_norm", "mixed_precision"}
+FREE = SAID | {
     "data_path", "results_dir", "trained_vae", "vgg_weights", "epochs", "max_steps", "grad_accum_steps", "num_workers",
     "log_every", "save_every", "keep_freq", "sample_every", "compile", "grad_checkpointing", "max_skipped_steps",
     "max_bad_share", "world_size",
@@ -56,7 +57,12 @@ def parse_args(argv: list[str] | None, description: str, models: list[str]) -> a
     add("--beta2", type=float, default=0.95, help="[%(default)s]")
     add("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm [%(default)s]")
     add("--ema", type=float, help="decay of the weights' moving average; 0: none [0 with --vae-only, else 0.9999]")
-    add("--max-skipped-steps", type=int, default=20, help="non-finite updates in a row that end the run [%(default)s]")
+    add(
+        "--max-skipped-steps",
+        type=int,
+        default=20,
+        help="non-finite updates in a row that end the run, counted at log lines and checkpoints [%(default)s]",
+    )
 
     add("--reconstruction-weight", type=float, default=1.0, help="S-VAE: weight of L1 [%(default)s]")
     add("--perceptual-weight", type=float, default=1.0, help="S-VAE: weight of LPIPS [%(default)s]")
@@ -117,6 +123,16 @@ def check_args(args: argparse.Namespace) -> None:
     require(args.lr > 0, "--lr", "must be above 0")
     require(0 <= args.ema < 1, "--ema", "must lie in [0, 1); 0 turns it off")
     require(args.max_grad_norm > 0, "--max-grad-norm", "must be above 0")
+    for flag in ("--weight-decay", "--reconstruction-weight", "--perceptual-weight", "--disc-weight", "--disc-start",
+                 "--kl-weight", "--aug-decay-start-epoch", "--sample-every", "--min-lr", "--global-seed"):  # fmt: skip
+        require(getattr(args, flag[2:].replace("-", "_")) >= 0, flag, "must be at least 0")
+    for flag in ("--beta1", "--beta2"):
+        require(0 <= getattr(args, flag[2:]) < 1, flag, "must lie in [0, 1)")
+    require(args.class_dropout is None or 0 <= args.class_dropout <= 1, "--class-dropout", "must lie in [0, 1]")
+    for flag in ("--cls-token-num", "--diff-batch-mul", "--num-classes"):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        require(value is None or value >= 1, flag, "must be at least 1")
+    require(args.patch_size in (None, 4, 8, 16, 32), "--patch-size", "must be 4, 8, 16 or 32")
     require(args.warmup_steps >= -1, "--warmup-steps", "must be at least 0, or -1 for none")
     require(args.decay_start >= -1, "--decay-start", "must be at least 0, or -1 for none")
     if args.decay_start >= 0:
@@ -156,7 +172,8 @@ def check_same_run(path: Path, state: dict, args: argparse.Namespace, config: di
             f"--results-dir {args.results_dir} holds another run ({path.name}): {'; '.join(others)}; "
             "give the same flags to continue it, or another folder"
         )
-    notes = []
+    notes = [f"continuing with another --{name.replace('_', '-')}: {now[name]} instead of {changed[name][0]}"
+             for name in sorted(SAID & changed.keys())]  # fmt: skip
     if changed.keys() & {"world_size", "grad_accum_steps"}:
         notes.append(
             f"continuing on {now['world_size']} processes x {now['grad_accum_steps']} parts a run of "
