@@ -3,12 +3,15 @@
 Letters: B batch · L sequence · D width · H heads · K head dim. Attention tensors are (B, L, H, K).
 """
 
-from functools import cache
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:  # optional
+    flash_attn_func = None
 
 
 def rope_2d(grid: int, head_dim: int, num_prefix: int) -> Tensor:
@@ -36,25 +39,14 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
-@cache
-def _flash_attention():
-    """flash_attn.flash_attn_func, or None where the package is not importable."""
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError:
-        return None
-    return flash_attn_func
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of q (B, L, H, K) over k, v (B, M, H, K) -> (B, L, H, K).
 
     FlashAttention-2 when the package is importable and the tensors are fp16 or bf16 on CUDA; else PyTorch's SDPA.
     mask: boolean, broadcast to (B, H, L, M), True where attention is allowed (SDPA only).
     """
-    flash = _flash_attention() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None else None
-    if flash is not None:
-        return flash(q, k, v, causal=causal)
+    if flash_attn_func is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None:
+        return flash_attn_func(q, k, v, causal=causal)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 

@@ -111,7 +111,7 @@ def test_a_graph_copies_its_inputs_and_replays(monkeypatch):
             graphed.output.copy_(graphed.function(*graphed.inputs))
 
     class FakeCapture:
-        def __init__(self, graph, pool):
+        def __init__(self, graph, pool, capture_error_mode):
             assert isinstance(graph, FakeGraph) and pool == "pool"
 
         __enter__ = __exit__ = lambda self, *_: None

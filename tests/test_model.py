@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -255,19 +256,15 @@ class CudaLike:
 
 @pytest.fixture
 def flash_stand_in(monkeypatch):
-    """A module of flash-attn's name, signature and (B, L, H, K) layout."""
+    """A function of flash_attn_func's signature and (B, L, H, K) layout."""
     calls = []
 
-    class FlashAttn:
-        @staticmethod
-        def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
-            calls.append((q, k, v, causal))
-            return "flash"
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        calls.append((q, k, v, causal))
+        return "flash"
 
-    monkeypatch.setitem(sys.modules, "flash_attn", FlashAttn)
-    models.layers._flash_attention.cache_clear()
-    yield calls
-    models.layers._flash_attention.cache_clear()
+    monkeypatch.setattr(models.layers, "flash_attn_func", flash_attn_func)
+    return calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -289,11 +286,23 @@ def test_everything_else_goes_to_sdpa(flash_stand_in):
     assert not flash_stand_in
 
 
-def test_without_the_package_sdpa_is_used(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    models.layers._flash_attention.cache_clear()
-    assert models.layers._flash_attention() is None
-    models.layers._flash_attention.cache_clear()
+def test_the_package_is_taken_when_importable_and_never_needed(monkeypatch):
+    class FlashAttn:
+        flash_attn_func = "the package's"
+
+    for package, expected in ((FlashAttn, "the package's"), (None, None)):
+        monkeypatch.setitem(sys.modules, "flash_attn", package)
+        spec = importlib.util.spec_from_file_location("layers_again", models.layers.__file__)
+        layers = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(layers)
+        assert layers.flash_attn_func == expected
+
+
+def test_a_compiled_block_is_one_graph(nano):
+    block, x = nano.layers[0], torch.randn(2, 5, 192)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x, nano.rope[:5], causal=True), block(x, nano.rope[:5], causal=True))
 
 
 # ---- checkpoints

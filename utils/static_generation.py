@@ -42,7 +42,7 @@ class Graphed:
                 self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=self.pool):
+        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL has threads
             self.output = self.function(*self.inputs)
 
 
