@@ -1,5 +1,7 @@
 """utils/npz.py: shards become one .npz that numpy reads, in constant memory, atomically."""
 
+import errno
+import resource
 import subprocess
 import sys
 
@@ -69,6 +71,34 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         raise OSError("disk full")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
+
+
+def test_a_failed_write_says_why_and_where(tmp_path):
+    """The limit on file sizes stands in for a full disk: the write itself fails, after the file was opened."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write_shard(tmp_path, 0, IMAGES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert f"File too large: '{tmp_path / '00000000-00000010.npy'}'" in str(caught.value)
+    with (
+        pytest.raises(OSError, match=r"No space left on device \(\d+ MB free\): '.*file'"),
+        atomic_file(tmp_path / "file"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError, match="absent/file'"), atomic_file(tmp_path / "absent" / "file"):
+        pass
+    with pytest.raises(OSError, match="other"), atomic_file(tmp_path / "file"):
+        raise OSError(errno.EIO, "Input/output error", "other")  # the fault of a file that was read
+
+
+def test_foreign_files_are_skipped(shards):
+    for name in ("my-file.npy", "1-2.npy", "00000003-00000007-00000009.npy"):
+        np.save(shards / name, IMAGES[:1])
+    assert list(finished_shards(shards, SIZE)) == [(0, 3), (3, 7), (7, 10)]
 
 
 PEAK = """

@@ -1,6 +1,8 @@
 """Files that are complete and on the disk, or not there."""
 
+import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,10 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path` complete and durable, or not at all (temporary name, fsync, rename)."""
+    """A binary file that appears at `path` complete and durable, or not at all (temporary name, fsync, rename).
+
+    An OSError names `path`, and the free space when that was what was missing.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -19,6 +24,12 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        if error.errno == errno.ENOSPC:
+            error.strerror += f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB free)"
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)

@@ -1,6 +1,7 @@
 """Images in finished shards -> one .npz, in constant memory. Shards are named by the image indices they hold."""
 
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -11,19 +12,25 @@ from utils.atomic import atomic_file
 
 Range = tuple[int, int]  # image indices start <= i < stop
 COPY_BYTES = 1 << 22
+SHARD_NAME = re.compile(r"(\d{8,})-(\d{8,})\.npy")
 
 
 def write_shard(folder: Path, start: int, images: np.ndarray) -> None:
     """Store images start, start + 1, ... (uint8, N H W 3) durably."""
+    images = np.ascontiguousarray(images)
     with atomic_file(folder / f"{start:08d}-{start + len(images):08d}.npy") as file:
-        np.save(file, images, allow_pickle=False)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images))
+        file.write(images.data)  # np.save would not say why a write failed
 
 
 def finished_shards(folder: Path, image_size: int) -> dict[Range, Path]:
-    """The whole shards in `folder`, in index order. A file of another size than its name promises is left out."""
+    """The whole shards in `folder`, in index order. Files of another name, or size than it promises, are left out."""
     shards = {}
-    for path in sorted(folder.glob("*-*.npy")):
-        start, stop = (int(word) for word in path.stem.split("-"))
+    for path in sorted(folder.glob("*.npy")):
+        name = SHARD_NAME.fullmatch(path.name)
+        if not name:
+            continue
+        start, stop = map(int, name.groups())
         with open(path, "rb") as file:
             try:
                 np.lib.format.read_magic(file)
