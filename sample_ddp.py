@@ -333,9 +333,9 @@ def prepare(
 
     def plan():
         settings = settings_of(args, model)
-        stored = open_run(folder, settings, stack)
         if args.save_images:
             Path(args.save_images).mkdir(parents=True, exist_ok=True)
+        stored = open_run(folder, settings, stack)
         if (folder / "samples.npz").exists():
             return settings, [], 0, {}
         shards = finished_shards(folder / "shards", model.config.svae.image_size)

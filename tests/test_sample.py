@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 import sample_ddp
 from models import PRESETS, SphereAR, checkpoint_state, config_to_dict
 from utils.noise import Purpose, normals
+from utils.run_folder import open_run
 
 ROOT = Path(__file__).parents[1]
 BRIEF = ["--num-sampling-steps", "3", "--cfg-scale", "1.5", "--class-ids", "1,8,3"]
@@ -239,6 +241,37 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(sample, capsys):
     assert "--cfg-scale" not in message
     code, folder = sample("run", "--num-fid-samples", 2, "--to-npz", "--per-proc-batch-size", 1)  # no such setting
     assert code == 0 and load(folder)[0].shape == (2, 32, 32, 3)
+
+
+def test_a_run_without_images_gives_way(sample, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(sample_ddp, "sample_batch", lambda *_: 1 / 0)
+        sample("run", "--num-fid-samples", 2)
+    assert sample("run", "--num-fid-samples", 2, "--save-images", __file__)[0] == 1
+    code, folder = sample("run", "--num-fid-samples", 2, "--global-seed", 3)
+    assert code == 0 and json.loads((folder / "run.json").read_text())["--global-seed"] == 3
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    leftovers = [tmp_path / ".samples.npz.12-34.tmp", tmp_path / "shards" / ".00000000-00000002.npy.12-34.tmp"]
+    (tmp_path / "shards").mkdir()
+    for path in leftovers:
+        path.write_bytes(b"half")
+    with ExitStack() as stack, ExitStack() as other:
+        open_run(tmp_path, {}, stack)
+        assert not any(path.exists() for path in leftovers)
+        leftovers[0].write_bytes(b"being written")
+        with pytest.raises(ValueError, match="in use"):
+            open_run(tmp_path, {}, other)
+        assert leftovers[0].exists()
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff"])
+def test_a_damaged_run_json_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    (tmp_path / "samples.npz").touch()
+    with ExitStack() as stack, pytest.raises(ValueError, match="is damaged"):
+        open_run(tmp_path, {}, stack)
 
 
 def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):

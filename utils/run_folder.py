@@ -35,28 +35,48 @@ def raise_on_signals() -> None:
 def open_run(folder: Path, settings: dict, stack: ExitStack) -> dict:
     """Make the folder this run's, or see that it is, and lock it until `stack` closes.
 
-    Returns the content of its run.json. ValueError says which settings differ from those of the run in it.
+    What a killed run left half-written is removed, and a run that made no image gives way. Returns the content of the
+    folder's run.json. ValueError says which settings differ from those of the run in it, or that the file is damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "shards").mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    stack.callback(os.close, lock)
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    path, locked = folder / "run.json", lock(folder, stack)
+    if locked:
+        for leftover in [*folder.glob(".*.tmp"), *folder.glob("shards/.*.tmp")]:
+            leftover.unlink()
+    unused = locked and not (folder / "samples.npz").exists() and not any(folder.glob("shards/*.npy"))
+    if unused or not path.exists():
+        write_json(path, settings)
+        return settings
+    before = read_json(path)
+    differing = [name for name in settings if before.get(name) != settings[name]]
+    if differing:
+        change = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in differing)
+        raise ValueError(f"--sample-dir {folder} holds images of another run ({change}); choose or empty a folder")
+    return before
+
+
+def lock(folder: Path, stack: ExitStack) -> bool:
+    """Lock the folder until `stack` closes; False on a file system without locks. ValueError: another run has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"--sample-dir {folder} is in use by another run; wait for it or choose another") from None
     except OSError:
-        pass  # a file system without locks
-    path = folder / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        differing = [name for name in settings if before.get(name) != settings[name]]
-        if differing:
-            change = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in differing)
-            raise ValueError(f"--sample-dir {folder} holds images of another run ({change}); choose or empty a folder")
-        return before
-    write_json(path, settings)
-    return settings
+        return False
+    return True
+
+
+def read_json(path: Path) -> dict:
+    """What write_json wrote. ValueError names a file that holds something else."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it does not say which run this is; choose or empty a folder")
+    return values
 
 
 def write_json(path: Path, values: dict) -> None:
