@@ -35,6 +35,7 @@ from utils.contact_sheet import layout, write_contact_sheet
 from utils.few_rows import choose_ways, use_ways
 from utils.noise import Purpose, normals, words
 from utils.npz import Range, assemble, finished_shards, missing_ranges, read_image, write_shard
+from utils.npz_reader import NpzReader
 from utils.run_folder import Stopped, open_run, raise_on_signals, write_json
 from utils.static_generation import cast_weights, make_static
 
@@ -265,6 +266,13 @@ def save_images(folder: Path, start: int, images: np.ndarray) -> None:
             Image.fromarray(image).save(file, format="PNG")
 
 
+def save_missing_images(folder: Path, total: int, read: Callable[[int], np.ndarray]) -> None:
+    """`read(index)` gives an image as uint8 (1, S, S, 3)."""
+    for index in range(total):
+        if not (folder / f"{index:06d}.png").exists():
+            save_images(folder, index, read(index))
+
+
 def wait_for_shards(folder: Path, image_size: int, total: int) -> dict[Range, Path]:
     """The shards of all processes, once they cover every image. Polls the folder: signals get through, unlike in a
     collective; when another process fails, torchrun ends this one."""
@@ -279,9 +287,7 @@ def finish(
     """On rank 0, with every image in a shard: missing PNGs, contact sheet, receipt, and the .npz."""
     folder, config = Path(args.sample_dir), model.config
     if args.save_images:
-        for index in range(len(labels)):
-            if not (Path(args.save_images) / f"{index:06d}.png").exists():
-                save_images(Path(args.save_images), index, read_image(shards, index)[None])
+        save_missing_images(Path(args.save_images), len(labels), lambda index: read_image(shards, index)[None])
     rows = {label: [read_image(shards, i) for i in indices] for label, indices in layout(labels).items()}
     write_contact_sheet(folder / "contact_sheet.png", rows, config.num_classes)
     if receipt["images_in_last_run"] or not (folder / "samples.json").exists():
@@ -365,6 +371,9 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
     made = sum(stop - start for start, stop in missing)
     if (Path(args.sample_dir) / "samples.npz").exists():
         shutil.rmtree(Path(args.sample_dir) / "shards", ignore_errors=True)
+        if args.save_images and distributed.is_main():
+            reader = NpzReader(Path(args.sample_dir) / "samples.npz")
+            save_missing_images(Path(args.save_images), reader.count, lambda index: reader.read(index, index + 1))
         return distributed.print0(f"{args.sample_dir}/samples.npz is already complete")
     distributed.print0(f"{len(labels)} images, {len(labels) - made} of them finished before, on {device.type}")
     start = time.perf_counter()

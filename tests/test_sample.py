@@ -104,8 +104,10 @@ def test_a_run_leaves_exactly_its_images(sample, capsys):
     assert receipt["settings"]["--cfg-scale"] == 1.5 and receipt["images_in_last_run"] == 5
     assert receipt["images_per_second"] > 0 and receipt["versions"]["torch"] == torch.__version__
     assert "5 images" in capsys.readouterr().out
-    assert sample("run", "--num-fid-samples", 5, "--to-npz")[0] == 0
+    assert sample("run", "--num-fid-samples", 5, "--save-images", "later")[0] == 0
     assert "already complete" in capsys.readouterr().out
+    for path in (folder.parent / "png").iterdir():
+        assert (folder.parent / "later" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_batch_size_changes_nothing_but_rounding(sample):
