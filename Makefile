@@ -22,7 +22,8 @@ $(READY): requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	@touch $@
 
-quickstart: export OMP_WAIT_POLICY = PASSIVE # spinning threads are ten times slower beside other programs
+# spinning threads are several times slower when other programs run too
+quickstart: export OMP_WAIT_POLICY = PASSIVE
 quickstart: $(READY)
 	@echo "== 1/5 real pictures: 5,000 handwritten digits as an ImageNet-shaped tar"
 	$(PY) -m dataset.toy --out $(Q)/data
