@@ -10,6 +10,7 @@ batches are kept as shards in the sample folder: the same command continues a ru
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -81,8 +82,8 @@ def check_args(args: argparse.Namespace, model: SphereAR) -> None:
     for flag in ("num_fid_samples", "per_proc_batch_size", "num_sampling_steps"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
-    if not args.cfg_scale >= 1:
-        raise ValueError(f"--cfg-scale {args.cfg_scale} must be at least 1 (1 = no guidance)")
+    if not 1 <= args.cfg_scale < math.inf:
+        raise ValueError(f"--cfg-scale {args.cfg_scale} must be at least 1 (1 = no guidance), and finite")
     if not 0 <= args.global_seed < 2**64:
         raise ValueError(f"--global-seed {args.global_seed} must lie in 0 to 2^64 - 1")
     if args.class_ids is not None:
@@ -148,10 +149,21 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def decode(model: SphereAR, tokens: Tensor) -> np.ndarray:
-    """Tokens (B, P, C) -> uint8 images (B, S, S, 3), a few at a time: memory does not grow with the batch."""
+def decode(model: SphereAR, tokens: Tensor, first: int = 0) -> np.ndarray:
+    """Tokens (B, P, C) -> uint8 images (B, S, S, 3), a few at a time: memory does not grow with the batch.
+
+    FloatingPointError names the image, counted from `first`, whose tokens or pixels are not finite.
+    """
     chunk = max(1, DECODE_PIXELS[tokens.device.type] // model.config.svae.image_size**2)
-    return np.concatenate([to_uint8(model.vae.decode(part)) for part in tokens.split(chunk)])
+    images = []
+    for part in tokens.split(chunk):
+        decoded = model.vae.decode(part)
+        finite = part.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise FloatingPointError(f"image {first + int(finite.int().argmin())} has values that are not finite")
+        first += len(part)
+        images.append(to_uint8(decoded))
+    return np.concatenate(images)
 
 
 # ---- never lost ------------------------------------------------------------------------------------------------------
@@ -221,7 +233,7 @@ def sample_batch(
             sampler=args.sampler,
             noise=noise,
         )
-        return decode(model, tokens[: stop - start])
+        return decode(model, tokens[: stop - start], start)
 
 
 @cache
@@ -395,6 +407,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         print(f"sample_ddp.py: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except FloatingPointError as error:
+        remedy = "use --mixed-precision none or another checkpoint"
+        print(f"sample_ddp.py: error: --ckpt {args.ckpt}: {error}; {remedy}", file=sys.stderr, flush=True)
         return 1
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]

@@ -290,6 +290,7 @@ def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
     "flags, message",
     [
         (["--cfg-scale", "0.5"], "--cfg-scale 0.5 must be at least 1"),
+        (["--cfg-scale", "inf"], "--cfg-scale inf must be at least 1"),
         (["--class-ids", "10"], "--class-ids 10 must lie in 0 to 9"),
         (["--class-ids", "dog"], "--class-ids dog must be numbers"),
         (["--num-fid-samples", "0"], "--num-fid-samples 0"),
@@ -325,6 +326,20 @@ def test_a_full_disk_damages_nothing(sample, monkeypatch, capsys):
     code, folder = sample("run", "--num-fid-samples", 2)
     assert code == 1 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert not list((folder / "shards").iterdir())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_become_no_images(sample, monkeypatch, capsys, value):
+    def broken(self, *args, generate=SphereAR.generate_tokens, **options):
+        tokens = generate(self, *args, **options)
+        tokens[1, 5, 0] = value
+        return tokens
+
+    monkeypatch.setattr(SphereAR, "generate_tokens", broken)
+    code, folder = sample("run", "--num-fid-samples", 3)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1 and not list((folder / "shards").iterdir())
+    assert "nano.pt: image 1 has values that are not finite; use --mixed-precision none" in message
 
 
 def test_contact_sheet_names_imagenet_classes(tmp_path):
