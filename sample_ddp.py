@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -37,7 +38,7 @@ from utils.few_rows import choose_ways, use_ways
 from utils.noise import Purpose, normals, words
 from utils.npz import Range, assemble, finished_shards, missing_ranges, read_image, write_shard
 from utils.npz_reader import NpzReader
-from utils.run_folder import Stopped, open_run, raise_on_signals, write_json
+from utils.run_folder import Stopped, open_run, raise_on_signals, read_json, write_json
 from utils.static_generation import cast_weights, make_static
 
 LAST_STEP_SIZE = 0.04  # of the published numbers
@@ -176,7 +177,8 @@ def settings_of(args: argparse.Namespace, model: SphereAR) -> dict:
         while block := file.read(1 << 22):
             digest.update(block)
     flags = ("num_fid_samples", "cfg_scale", "cfg_schedule", "num_sampling_steps", "sampler", "global_seed", "labels")
-    settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in (*flags, "class_ids", "mixed_precision")}
+    flags += ("class_ids", "mixed_precision", "tf32")
+    settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
     return json.loads(json.dumps({"--ckpt sha256": digest.hexdigest(), "config": asdict(model.config), **settings}))
 
 
@@ -325,7 +327,8 @@ def make_receipt(args: argparse.Namespace, settings: dict, device: torch.device,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "processes": distributed.world_size(),
         "batch_size_per_process": args.per_proc_batch_size,
-        "compile": args.compile,
+        "compile": bool(args.compile),
+        "linear_ways": read_json(Path(args.sample_dir) / "run.json").get("linear_ways", {}),
         "images_in_last_run": made,
         "seconds_of_last_run": round(seconds, 2),
         "images_per_second": round(made / seconds, 4) if made else None,
@@ -399,6 +402,8 @@ def run(args: argparse.Namespace, stack: ExitStack) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     raise_on_signals()
+    # bf16 on a CPU: the norms' weights stay float32
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning, "torch")
     try:
         with ExitStack() as stack:
             run(args, stack)

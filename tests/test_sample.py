@@ -102,6 +102,7 @@ def test_a_run_leaves_exactly_its_images(sample, capsys):
         assert (np.asarray(Image.open(folder.parent / "png" / f"{index:06d}.png")) == image).all()
     receipt = json.loads((folder / "samples.json").read_text())
     assert receipt["settings"]["--cfg-scale"] == 1.5 and receipt["images_in_last_run"] == 5
+    assert receipt["settings"]["--tf32"] is False and receipt["compile"] is False and receipt["linear_ways"] == {}
     assert receipt["images_per_second"] > 0 and receipt["versions"]["torch"] == torch.__version__
     assert "5 images" in capsys.readouterr().out
     assert sample("run", "--num-fid-samples", 5, "--save-images", "later")[0] == 0
@@ -117,6 +118,22 @@ def test_the_batch_size_changes_nothing_but_rounding(sample):
     assert (labels3 == labels8).all()
     assert np.abs(three.astype(int) - eight).max() <= 1
     assert (three == eight).mean() > 0.99
+
+
+def test_the_receipt_names_the_linear_layers_ways(sample, monkeypatch):
+    monkeypatch.setattr(sample_ddp, "LARGE", 0)
+    code, folder = sample("run", "--num-fid-samples", 2)
+    ways = json.loads((folder / "samples.json").read_text())["linear_ways"]
+    assert code == 0 and list(ways) == ["4"] and ways == json.loads((folder / "run.json").read_text())["linear_ways"]
+
+
+def test_bf16_on_a_cpu_prints_no_warning(sample, recwarn):
+    torch.set_warn_always(True)  # otherwise PyTorch warns once per process
+    try:
+        assert sample("run", "--num-fid-samples", 1, "--mixed-precision", "bf16")[0] == 0
+    finally:
+        torch.set_warn_always(False)
+    assert not [warning for warning in recwarn if "Mismatch dtype" in str(warning.message)]
 
 
 def test_two_processes_give_the_bytes_of_one(ckpt, sample):
