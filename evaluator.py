@@ -8,6 +8,7 @@ SAMPLE.json. Exit status: 0, or 2 for an input that cannot be evaluated (one lin
 """
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import platform
@@ -31,11 +32,12 @@ from models.inception_weights import ORIGINAL_KIND, find_weights, read_weights
 from utils import distributed
 from utils.atomic import atomic_file
 from utils.feature_cache import load_features, save_features
-from utils.frechet import Moments, frechet_distance, inception_score
+from utils.frechet import InceptionScore, Moments, frechet_distance
 from utils.npz_reader import NpzReader
 from utils.precision_recall import precision_recall
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
+FLOAT16_NORM = 15_000  # squared norms up to this keep all squared distances below float16's largest, 65,504
 SEGMENTS = 64  # a file is cut into about so many pieces, taken in turns by the processes, whatever their number
 PUBLISHED_COUNT = 50_000
 METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall")
@@ -43,10 +45,10 @@ METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall")
 
 @dataclass
 class Features:
-    """Pool features (N, 2048) float32 in file order, and mean and covariance of pool and spatial features."""
+    """Pool features (N, 2048) float32 or float16 in file order; moments of pool and spatial ones, Inception Score."""
 
     pool: Tensor
-    statistics: dict[str, np.ndarray]  # mu, sigma, mu_s, sigma_s
+    statistics: dict[str, np.ndarray]  # mu, sigma, mu_s, sigma_s; score where the weights have a classifier
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("sample_batch", metavar="SAMPLE.npz", help="samples: arr_0 uint8 N x H x W x 3")
     parser.add_argument("--inception", metavar="FILE", help='weights of any known kind, or "download" for the original')
     parser.add_argument("--backend", choices=("torch", "tensorflow"), default="torch", help="tensorflow: needs the .pb")
-    parser.add_argument("--batch-size", type=int, help="images per network call (64 on a GPU, 8 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="images per network call (64 on a GPU, 4 on a CPU)")
     parser.add_argument("--pr-dtype", choices=("float16", "float32"), default="float16", help="distances of P and R")
     parser.add_argument("--tf32", action="store_true", help="TF32 convolutions, as TensorFlow on Ampere and later")
     parser.add_argument("--cache-features", action="store_true", help="keep features beside each file for the next run")
@@ -88,16 +90,20 @@ class Batches:
         return torch.cat(list(self.pool.map(self.run, images.split(self.batch_size))))
 
 
-def extract(reader: NpzReader, batches: Batches, device: torch.device) -> Features:
+def extract(
+    reader: NpzReader, batches: Batches, device: torch.device, to_logits: Callable | None, half: bool
+) -> Features:
     """Features of all images of a file, the same on every process and for every number of processes.
 
     Batches begin at multiples of their size, processes take segments of whole batches in turns, and every process
-    adds up all segments in file order.
+    adds up all segments in file order. `half` keeps pool features in the float16 that precision and recall round
+    them to: all but features so large that their distances would not fit.
     """
     length = batches.batch_size * -(-reader.count // (batches.batch_size * SEGMENTS))  # of a segment, in images
     at_once = 4 * batches.workers * batches.batch_size
     starts, world = range(0, reader.count, length), distributed.world_size()
-    pool_features = torch.empty(reader.count, POOL_DIM, device=device)
+    pool_features = torch.empty(reader.count, POOL_DIM, device=device, dtype=torch.float16 if half else torch.float32)
+    score = InceptionScore()
     pool_moments, spatial_moments = (Moments.zeros(dim, device) for dim in (POOL_DIM, SPATIAL_DIM))
     bar = tqdm(total=reader.count, unit="img", desc=reader.path.name, disable=not distributed.is_main(), mininterval=1)
     for turn in range(0, len(starts), world):
@@ -114,7 +120,11 @@ def extract(reader: NpzReader, batches: Batches, device: torch.device) -> Featur
             if not segment.isfinite().all():
                 raise ValueError(f"{reader.path}: features of images from {start} on are not finite: damaged weights?")
             pool, spatial = segment.split((POOL_DIM, SPATIAL_DIM), dim=1)
+            if pool.square().sum(dim=1).max() > FLOAT16_NORM:
+                pool_features = pool_features.float()
             pool_features[start : start + length] = pool
+            if to_logits:
+                score.add(to_logits(pool))
             pool_moments.add(pool)
             spatial_moments.add(spatial)
         bar.update(min((turn + world) * length, reader.count) - bar.n)  # the others' images
@@ -122,7 +132,8 @@ def extract(reader: NpzReader, batches: Batches, device: torch.device) -> Featur
     reader.close()
     mu, sigma = pool_moments.mean_and_covariance()
     mu_s, sigma_s = spatial_moments.mean_and_covariance()
-    return Features(pool_features, {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s})
+    statistics = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
+    return Features(pool_features, {**statistics, "score": np.array(score.value())} if to_logits else statistics)
 
 
 @contextmanager
@@ -190,20 +201,31 @@ def load_network(args: argparse.Namespace, device: torch.device) -> tuple[Incept
     return TensorFlowInception(path), record, weights.classifier is not None
 
 
-def extract_all(args: argparse.Namespace, device: torch.device, readers: list[NpzReader], batch_size: int):
-    """Of both files the features (None without images) and sha256; the Inception Score or None; the weights' record.
+def hand_back() -> None:
+    """Give freed memory back to the system, which glibc otherwise keeps: several hundred MB after the network."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
-    The network lives here only: the metrics that follow need the memory.
+
+def extract_all(args: argparse.Namespace, device: torch.device, readers: list[NpzReader], batch_size: int):
+    """Of both files the features (None without images) and sha256, and the weights' record.
+
+    The network lives here only.
     """
     with agreement():
         network, weights, classifies = load_network(args, device)
+        if isinstance(network, Inception) and device.type == "cpu":
+            network.pack(batch_size)
+    hand_back()
     key = {"weights": weights["sha256"], "backend": args.backend, "tf32": args.tf32, "batch_size": batch_size}
     batches = Batches(network, batch_size, device)
+    to_logits = network.logits if classifies else None
+    half = args.pr_dtype == "float16" and not args.cache_features
     with ThreadPoolExecutor(1) as background, batches.pool:
 
         def compute(reader: NpzReader) -> tuple[Features, str]:
             checksum = background.submit(reader.sha256) if distributed.is_main() else None
-            return extract(reader, batches, device), checksum.result() if checksum else ""
+            return extract(reader, batches, device, to_logits, half), checksum.result() if checksum else ""
 
         found = []
         for reader in readers:
@@ -211,10 +233,8 @@ def extract_all(args: argparse.Namespace, device: torch.device, readers: list[Np
                 found.append((None, reader.sha256()))
             else:
                 found.append(cached(reader, key, compute) if args.cache_features else compute(reader))
-    score = None
-    if classifies and distributed.is_main():
-        score = inception_score(found[1][0].pool, lambda pool: network.logits(pool.to(device)))
-    return *found, score, weights
+            hand_back()
+    return *found, weights
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
@@ -227,15 +247,17 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
     notes = inspect(reference, samples)
     for note in notes:
         distributed.print0(f"warning: {note}", file=sys.stderr)
-    batch_size = args.batch_size or (8 if device.type == "cpu" else 64)
-    (of_reference, reference_sha256), (of_samples, samples_sha256), score, weights = extract_all(
+    batch_size = args.batch_size or (4 if device.type == "cpu" else 64)
+    (of_reference, reference_sha256), (of_samples, samples_sha256), weights = extract_all(
         args, device, [reference, samples], batch_size
     )
+    hand_back()
     extracted = time.monotonic()
 
     metrics = dict.fromkeys(METRICS)
-    metrics["Inception Score"] = score
     if distributed.is_main():
+        if "score" in of_samples.statistics:
+            metrics["Inception Score"] = of_samples.statistics["score"].item()
         statistics = {**(of_reference.statistics if of_reference else {}), **reference.statistics}
         for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
             if mu in statistics:

@@ -208,7 +208,8 @@ class Inception(nn.Module):
         """
         names = "_reorder_convolution_weight", "_convolution_pointwise"
         if torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names):
-            hooks = [c.register_forward_pre_hook(lambda c, inputs: c.pack(*inputs)) for c in self.convolutions().values()]
+            convolutions = self.convolutions().values()
+            hooks = [c.register_forward_pre_hook(lambda c, inputs: c.pack(*inputs)) for c in convolutions]
             with torch.inference_mode():
                 self(torch.zeros(batch_size, INPUT_SIZE, INPUT_SIZE, 3))
             for hook in hooks:

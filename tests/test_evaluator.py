@@ -176,6 +176,19 @@ def test_batch_size_does_not_move_the_numbers(files, instant):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-6) == pytest.approx(found[2][name], rel=1e-6)
 
 
+def test_pool_features_are_kept_in_float16_unless_their_distances_would_not_fit(files, instant):
+    batches = evaluator.Batches(instant, 4, torch.device("cpu"))
+
+    def pool(half):
+        return evaluator.extract(NpzReader(files / "samples.npz"), batches, torch.device("cpu"), None, half).pool
+
+    instant.pool *= 0.01
+    assert pool(False).dtype == torch.float32
+    assert torch.equal(pool(True), pool(False).half())
+    instant.pool *= 1000
+    assert torch.equal(pool(True), pool(False)) and pool(True).dtype == torch.float32
+
+
 def test_cached_features_give_the_same_numbers_without_the_network(files, tmp_path, instant):
     paths = [tmp_path / name for name in ("reference.npz", "samples.npz")]
     for path in paths:

@@ -182,6 +182,7 @@ def test_float16_is_tensorflows_within_a_thousandth():
     assert 0.05 < expected[0] < 0.98 and 0.05 < expected[1] < 0.98
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     assert precision_recall(x, y) == pytest.approx(expected, abs=1e-3)
+    assert precision_recall(x.half(), y.half()) == precision_recall(x, y)
     assert precision_recall(x, y, half=False) != pytest.approx(expected, abs=1e-3)  # the rounding is what matters
 
 

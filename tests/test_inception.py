@@ -65,6 +65,18 @@ def test_features_and_logits_equal_tensorflow(graph, network):
         assert relative(pool[1:], pool[:-1]) > 1e-3  # the comparison above is of something that varies
 
 
+def test_packed_weights_give_tensorflows_features_too(graph):
+    from models.inception_tensorflow import TensorFlowInception
+
+    images = pictures(5, 64)
+    packed = read_weights(graph).network().pack(4)
+    assert all(layer.packed is not None and layer.weight is None for layer in packed.convolutions().values())
+    with torch.inference_mode():
+        for batch in (images, images[:1]):  # of other sizes than packed for
+            for mine, expected, tolerance in zip(packed(batch), TensorFlowInception(graph)(batch), (2e-6, 1e-5)):
+                assert relative(mine, expected) < tolerance
+
+
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 299, 300, 512, 1024])
 def test_resize_is_tensorflows_bit_for_bit(size):
     import tensorflow as tf

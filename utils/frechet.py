@@ -5,7 +5,6 @@ Sources: Heusel et al., arXiv:1706.08500 (FID); Nash et al., arXiv:2103.03841 (s
 arXiv:1606.03498 (Inception Score); in the protocol of Dhariwal & Nichol, arXiv:2105.05233.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,21 +83,44 @@ def pivoted_cholesky(covariance: Tensor) -> Tensor:
     return torch.tensor(factor)
 
 
-def inception_score(
-    features: Tensor, to_logits: Callable[[Tensor], Tensor] = lambda logits: logits, block: int = INCEPTION_SCORE_BLOCK
-) -> float:
+@dataclass
+class InceptionScore:
     """Mean over consecutive blocks of exp(mean KL(p(class | image) | p(class in the block))); Salimans et al.
 
-    Features (N, ...) in the order of the file, which `to_logits` maps to (n, classes) a block at a time; logits by
-    default. On a file sorted by class the score is far smaller. A short last block counts as one.
+    Keeps of the current block its count, sum of p (classes,) and sum of p log p, of those before it their scores. On
+    a file sorted by class the score is far smaller. A short last block counts as one.
     """
-    scores = []
-    for part in features.split(block):
-        total, negative_entropy = 0, 0
-        for rows in part.split(500):
-            log_p = torch.log_softmax(to_logits(rows).double(), dim=1)  # a float32 softmax underflows at gaps of 103
+
+    block: int = INCEPTION_SCORE_BLOCK
+    count: int = 0
+    total: Tensor | float = 0.0
+    negative_entropy: Tensor | float = 0.0
+    scores: tuple[float, ...] = ()
+
+    def add(self, logits: Tensor) -> None:
+        """Take in logits (n, classes), in the order of the file."""
+        while len(logits):
+            rows, logits = logits.tensor_split([min(500, self.block - self.count)])
+            log_p = torch.log_softmax(rows.double(), dim=1)  # a float32 softmax underflows at gaps of 103
             p = log_p.exp()
-            total, negative_entropy = total + p.sum(dim=0), negative_entropy + (p * log_p).sum()
-        mean = total / len(part)
-        scores.append((negative_entropy / len(part) - torch.xlogy(mean, mean).sum()).exp())
-    return torch.stack(scores).mean().item()
+            self.count += len(rows)
+            self.total, self.negative_entropy = self.total + p.sum(dim=0), self.negative_entropy + (p * log_p).sum()
+            if self.count == self.block:
+                self.scores += (self._of_block(),)
+                self.count, self.total, self.negative_entropy = 0, 0.0, 0.0
+
+    def _of_block(self) -> float:
+        mean = self.total / self.count
+        return (self.negative_entropy / self.count - torch.xlogy(mean, mean).sum()).exp().item()
+
+    def value(self) -> float:
+        """The score of everything taken in, at least one row."""
+        scores = (*self.scores, self._of_block()) if self.count else self.scores
+        return sum(scores) / len(scores)
+
+
+def inception_score(logits: Tensor, block: int = INCEPTION_SCORE_BLOCK) -> float:
+    """The Inception Score of logits (N, classes) in the order of the file."""
+    score = InceptionScore(block)
+    score.add(logits)
+    return score.value()

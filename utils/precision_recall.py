@@ -22,9 +22,9 @@ STRIP, TILE = 1_000, 2_000  # rows and columns computed at once; strips of rows 
 def precision_recall(reference: Tensor, samples: Tensor, *, half: bool = True) -> tuple[float, float]:
     """Precision: the share of samples inside any reference ball. Recall: of references inside any sample ball.
 
-    Features (N, D) float32, the same on every process; a ball reaches to the third neighbour of its own set, border
-    included. `half` rounds distances as the published evaluator does. Equal on any number of processes. Raises
-    ValueError for fewer than 4 features.
+    Features (N, D) float32, or already rounded to float16, the same on every process; a ball reaches to the third
+    neighbour of its own set, border included. `half` rounds distances as the published evaluator does. Equal on any
+    number of processes. Raises ValueError for fewer than 4 features.
     """
     for name, features in (("reference", reference), ("sample", samples)):
         if len(features) <= NEIGHBOUR:
@@ -69,7 +69,7 @@ def pieces(whole: slice, length: int) -> list[slice]:
 
 def all_finite(u: Tensor, v: Tensor) -> bool:
     """Whether float16 holds all distances between u and v."""
-    norm_u, norm_v = (torch.linalg.vector_norm(x, dim=1).max() for x in (u, v))
+    norm_u, norm_v = (torch.linalg.vector_norm(x, dim=1).max().float() for x in (u, v))
     if (norm_u + norm_v).square() < 60_000:  # far below the largest float16: no need to look
         return True
     return all(
@@ -89,5 +89,6 @@ def squared_distances(u: Tensor, v: Tensor, half: bool) -> Tensor:
         products = (u.float() @ v.float().T).half()
         norm_u, norm_v = u.square().float().sum(dim=1).half(), v.square().float().sum(dim=1).half()
     else:
+        u, v = u.float(), v.float()
         products, norm_u, norm_v = u @ v.T, u.square().sum(dim=1), v.square().sum(dim=1)
     return (norm_u[:, None] - products.mul_(2)).add_(norm_v).clamp_(min=0).float()
