@@ -1,0 +1,59 @@
+"""What only a CUDA device can show; skipped without one. Written on a machine without a GPU."""
+
+import pytest
+import small_run
+import torch
+
+import sample_ddp
+from models import PRESETS, SphereAR
+from utils.noise import Purpose, normals, uniforms, words
+from utils.static_generation import make_static
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+STEPS = 4
+
+
+def generate(model, device):
+    images = torch.arange(3, device=device)
+    noise = sample_ddp.image_noise(0, images, STEPS, model.config.latent_dim)
+    return model.generate_tokens(images, noise=noise, cfg_scale=2.0, num_sampling_steps=STEPS).cpu()
+
+
+def stirred_model():
+    torch.manual_seed(0)
+    model = SphereAR(PRESETS["SphereAR-Nano"]).eval().requires_grad_(False)
+    for value in model.parameters():
+        value.add_(0.05 * torch.randn_like(value))
+    return model
+
+
+def test_noise_is_that_of_the_cpu():
+    index = torch.arange(1000)
+    for draw in (words, uniforms):
+        pair = [draw(7, Purpose.SAMPLING, index, count=16, device=device).cpu() for device in ("cpu", "cuda")]
+        assert torch.equal(*pair)
+    pair = [normals(7, Purpose.SAMPLING, index, count=16, device=device).cpu() for device in ("cpu", "cuda")]
+    assert torch.allclose(*pair, atol=1e-6)
+    assert (pair[0] != pair[1]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_generate_what_eager_float32_does(compiled):
+    model = stirred_model()
+    expected = generate(model, "cpu")
+    model = model.cuda()
+    assert torch.allclose(generate(model, "cuda"), expected, atol=1e-3)
+    make_static(model, compile=compiled)
+    for _ in range(2):  # captured, then replayed
+        assert torch.allclose(generate(model, "cuda"), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["svae", "ar"])
+def test_bf16_training_runs_and_loads(tmp_path, stage):
+    data, svae = small_run.write_tar(tmp_path / "train.tar"), small_run.write_svae(tmp_path / "svae.pt")
+    command = small_run.flags(data, tmp_path / "run", "--max-steps", 4, svae=svae if stage == "ar" else None)
+    state = small_run.run_here(*command)
+    assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
