@@ -14,6 +14,7 @@ from models import PRESETS, SphereAR, checkpoint_state, config_to_dict
 from utils import few_rows
 from utils.few_rows import WAYS, FewRowLinear, choose_ways, fastest_way, use_ways
 from utils.noise import Purpose, normals
+from utils.npz import write_shard
 from utils.static_generation import Graphed, cast_weights, make_static
 
 STEPS = 3
@@ -171,7 +172,8 @@ def test_a_run_keeps_to_the_linear_ways_it_chose(script, tmp_path, monkeypatch):
     assert asked == [6]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["linear_ways"] == {"6": {"192 x 192": "columns"}}
     (tmp_path / "run" / "samples.npz").unlink()
-    (tmp_path / "run" / "shards").mkdir(exist_ok=True)
+    (tmp_path / "run" / "shards").mkdir()
+    write_shard(tmp_path / "run" / "shards", 3, images[3:])  # as if killed before the first batch
     assert (script("run") == images).all() and asked == [6]
     assert np.abs(script("plain", "--no-compile") - images).max() <= 1 and asked == [6]
 
