@@ -63,7 +63,7 @@ class PowerSpherical(Distribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, mu: Tensor, kappa: Tensor, validate_args: bool | None = None):
+    def __init__(self, mu: Tensor, kappa: Tensor, validate_args: bool = True):
         self.mu, self.kappa = _at_least_float32(mu), _at_least_float32(kappa)
         if self.mu.shape[:-1] != self.kappa.shape:
             raise ValueError(
