@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--logdir",
           "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue", "--open-mode",
-          "--model", "--batch", "--no-decoder"}  # fmt: skip  # torchrun, SLURM, TensorBoard, benchmarks
+          "--batch", "--no-decoder", "--turns", "--images"}  # fmt: skip  # torchrun, SLURM, TensorBoard, benchmarks
 
 
 def test_links_and_placeholders():
