@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 import train
-from models import PRESETS, SVAE
-from models.pretrained import config_to_dict
+from models import PRESETS, SVAE, checkpoint_state, config_to_dict
 from utils.checkpoint import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +46,7 @@ def write_svae(path: Path) -> Path:
     """An untrained S-VAE checkpoint of the Nano preset."""
     torch.manual_seed(0)
     vae = SVAE(PRESETS["SphereAR-Nano"].svae)
-    state = {f"vae.{name}": value for name, value in vae.state_dict().items()}
-    torch.save({"model": state, "config": config_to_dict(vae.config)}, path)
+    torch.save({"model": checkpoint_state(vae), "config": config_to_dict(vae.config)}, path)
     return path
 
 

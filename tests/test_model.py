@@ -388,11 +388,12 @@ def imported_modules(path):
 
 
 FORBIDDEN = {
-    "models": ("utils", "dataset", "argparse.ArgumentParser", "torch.distributed", "train", "sample_ddp", "evaluator"),
+    "models": ("utils", "dataset", "argparse", "torch.distributed", "train", "sample_ddp", "evaluator"),
     "utils": ("models", "dataset", "train", "sample_ddp", "evaluator"),
-    "dataset": ("models", "train", "sample_ddp", "evaluator"),
+    "dataset": ("models", "utils", "train", "sample_ddp", "evaluator"),
     ".": ("train", "sample_ddp", "evaluator"),
 }
+ALLOWED = {("pretrained.py", "argparse")}  # for the one class that a checkpoint may hold, Namespace
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN)
@@ -400,6 +401,6 @@ def test_imports_keep_to_the_design(folder):
     for path in sorted((ROOT / folder).glob("*.py")):
         for name in imported_modules(path):
             for forbidden in FORBIDDEN[folder]:
-                if name == "torch.distributions" or name.startswith("torch.distributions."):
+                if (path.name, name) in ALLOWED:
                     continue
                 assert name != forbidden and not name.startswith(forbidden + "."), f"{path.name} imports {name}"
