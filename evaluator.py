@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 evaluator.py REF.npz SAMPLE.npz     (the same numbers)
 
 Prints the five numbers, writes them to SAMPLE.txt and, with everything that made them, to the key "evaluation" of
-SAMPLE.json. Exit status: 0, or 2 for an input that cannot be evaluated (one line says why).
+SAMPLE.json. Exit status: 0, 2 for an input that cannot be evaluated (one line says why), 130 when interrupted.
 """
 
 import argparse
@@ -50,6 +50,7 @@ class Features:
 
     pool: Tensor
     statistics: dict[str, np.ndarray]  # mu, sigma, mu_s, sigma_s; score where the weights have a classifier
+    from_cache: bool = False
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -159,7 +160,7 @@ def cached(reader: NpzReader, key: dict, compute: Callable[[NpzReader], tuple[Fe
     found = load_features(reader.path, key)
     if all(distributed.gather_objects(found is not None)):
         arrays, sha256 = found
-        return Features(torch.from_numpy(arrays.pop("pool")), arrays), sha256
+        return Features(torch.from_numpy(arrays.pop("pool")), arrays, from_cache=True), sha256
     features, sha256 = compute(reader)
     if distributed.is_main():
         try:
@@ -208,6 +209,11 @@ def load_network(args: argparse.Namespace, device: torch.device) -> tuple[Incept
     return TensorFlowInception(path), record, weights.classifier is not None
 
 
+def name_of(device: torch.device) -> str:
+    """What the record says of a device: a GPU's own name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def hand_back() -> None:
     """Give freed memory back to the system, which glibc otherwise keeps: several hundred MB after the network."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -224,10 +230,17 @@ def extract_all(args: argparse.Namespace, device: torch.device, readers: list[Np
         if isinstance(network, Inception) and device.type == "cpu":
             network.pack(batch_size)
     hand_back()
-    key = {"weights": weights["sha256"], "backend": args.backend, "tf32": args.tf32, "batch_size": batch_size}
+    key = {
+        "weights": weights["sha256"],
+        "backend": args.backend,
+        "device": name_of(device),
+        "tf32": args.tf32,
+        "batch_size": batch_size,
+        "pr_dtype": args.pr_dtype,
+    }
     batches = Batches(network, batch_size, device)
     to_logits = network.logits if classifies else None
-    half = args.pr_dtype == "float16" and not args.cache_features
+    half = args.pr_dtype == "float16"
     with ThreadPoolExecutor(1) as background, batches.pool:
 
         def compute(reader: NpzReader) -> tuple[Features, str]:
@@ -284,11 +297,12 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
         versions["tensorflow"] = importlib.metadata.version("tensorflow")
     return {
         "metrics": metrics,
-        "reference": describe(reference, reference_sha256),
-        "samples": describe(samples, samples_sha256),
+        "reference": describe(reference, of_reference, reference_sha256),
+        "samples": describe(samples, of_samples, samples_sha256),
         "weights": weights,
         "backend": args.backend,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
+        "device": name_of(device),
+        "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
         "batch_size": batch_size,
         "dtypes": {
@@ -302,7 +316,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def describe(reader: NpzReader, sha256: str) -> dict:
+def describe(reader: NpzReader, features: Features | None, sha256: str) -> dict:
     """The record of one file."""
     return {
         "path": str(reader.path),
@@ -311,6 +325,7 @@ def describe(reader: NpzReader, sha256: str) -> dict:
         "height": reader.height,
         "width": reader.width,
         "statistics": sorted(reader.statistics),
+        "features_from_cache": features is not None and features.from_cache,
     }
 
 
@@ -358,6 +373,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         distributed.print0(f"evaluator.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        distributed.print0("evaluator.py: stopped; no numbers were written", file=sys.stderr)
+        return 130
     finally:
         distributed.cleanup()
 

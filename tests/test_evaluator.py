@@ -193,20 +193,27 @@ def test_cached_features_give_the_same_numbers_without_the_network(files, tmp_pa
     paths = [tmp_path / name for name in ("reference.npz", "samples.npz")]
     for path in paths:
         path.write_bytes((files / path.name).read_bytes())
+    instant.pool *= 0.01  # as small as genuine features
     assert run(*paths, "--cache-features") == 0
     first, done = evaluation(paths[1]), instant.images
     assert done == 28
     assert run(*paths, "--cache-features") == 0
     assert instant.images == done
     assert evaluation(paths[1])["metrics"] == first["metrics"]
-    assert evaluation(paths[1])["samples"] == first["samples"]
-    assert run(*paths, "--cache-features", "--batch-size", 5) == 0  # another key
-    assert instant.images == 2 * done
+    assert evaluation(paths[1])["samples"] == {**first["samples"], "features_from_cache": True}
+    assert not first["samples"]["features_from_cache"]
+    with np.load(cache_path(paths[1])) as archive:
+        assert archive["pool"].dtype == np.float16  # as precision and recall take them: half the file and memory
+    assert run(*paths, "--cache-features", "--pr-dtype", "float32") == 0  # another key
+    with np.load(cache_path(paths[1])) as archive:
+        assert archive["pool"].dtype == np.float32
+    assert run(*paths, "--cache-features", "--batch-size", 5) == 0  # and another
+    assert instant.images == 3 * done
     damaged = cache_path(paths[1])
     damaged.write_bytes(damaged.read_bytes()[:-1000])
     os.utime(paths[0])
     assert run(*paths, "--cache-features", "--batch-size", 5) == 0  # damaged, and made for a file of another date
-    assert instant.images == 3 * done
+    assert instant.images == 4 * done
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*"))
 
 
@@ -263,6 +270,19 @@ def test_too_few_images_are_refused_before_the_network_runs(files, tmp_path, ins
     assert run(files / "reference.npz", tmp_path / "three.npz") == 2
     assert "three.npz: has 3 images; precision and recall need 4" in capfd.readouterr().err
     assert instant.images == 0
+
+
+def test_ctrl_c_is_one_line_and_writes_nothing(files, tmp_path, instant, capfd, monkeypatch):
+    (tmp_path / "samples.npz").write_bytes((files / "samples.npz").read_bytes())
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluator, "frechet_distance", interrupted)
+    assert run(files / "reference.npz", tmp_path / "samples.npz") == 130
+    out, err = capfd.readouterr()
+    assert out == "" and "evaluator.py: stopped; no numbers were written" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
 
 
 def test_features_that_are_not_finite_are_an_error(files, instant, capfd):
