@@ -59,7 +59,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("sample_batch", metavar="SAMPLE.npz", help="samples: arr_0 uint8 N x H x W x 3")
     parser.add_argument("--inception", metavar="FILE", help='weights of any known kind, or "download" for the original')
     parser.add_argument("--backend", choices=("torch", "tensorflow"), default="torch", help="tensorflow: needs the .pb")
-    parser.add_argument("--batch-size", type=int, help="images per network call (64 on a GPU, 4 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="images per network call (64 on a GPU, 2 on a CPU)")
     parser.add_argument("--pr-dtype", choices=("float16", "float32"), default="float16", help="distances of P and R")
     parser.add_argument("--tf32", action="store_true", help="TF32 convolutions, as TensorFlow on Ampere and later")
     parser.add_argument("--cache-features", action="store_true", help="keep features beside each file for the next run")
@@ -106,7 +106,7 @@ def extract(
     starts, world = range(0, reader.count, length), distributed.world_size()
     pool_features = torch.empty(reader.count, POOL_DIM, device=device, dtype=torch.float16 if half else torch.float32)
     score = InceptionScore()
-    pool_moments, spatial_moments = (Moments.zeros(dim, device) for dim in (POOL_DIM, SPATIAL_DIM))
+    moments = {"": Moments.zeros(POOL_DIM, device), "_s": Moments.zeros(SPATIAL_DIM, device)}
     with tqdm(
         total=reader.count, unit="img", desc=reader.path.name, disable=not distributed.is_main(), mininterval=1
     ) as bar:
@@ -131,14 +131,14 @@ def extract(
                 pool_features[start : start + length] = pool
                 if to_logits:
                     score.add(to_logits(pool))
-                pool_moments.add(pool)
-                spatial_moments.add(spatial)
+                moments[""].add(pool)
+                moments["_s"].add(spatial)
             bar.update(min((turn + world) * length, reader.count) - bar.n)  # the others' images
     reader.close()
-    mu, sigma = pool_moments.mean_and_covariance()
-    mu_s, sigma_s = spatial_moments.mean_and_covariance()
-    statistics = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
-    return Features(pool_features, {**statistics, "score": np.array(score.value())} if to_logits else statistics)
+    statistics = {"score": np.array(score.value())} if to_logits else {}
+    for suffix in ("", "_s"):  # one at a time: 33 MB each
+        statistics[f"mu{suffix}"], statistics[f"sigma{suffix}"] = moments.pop(suffix).mean_and_covariance()
+    return Features(pool_features, statistics)
 
 
 @contextmanager
@@ -272,7 +272,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
     notes = inspect(reference, samples)
     for note in notes:
         distributed.print0(f"warning: {note}", file=sys.stderr)
-    batch_size = args.batch_size or (4 if device.type == "cpu" else 64)
+    batch_size = args.batch_size or (2 if device.type == "cpu" else 64)
     (of_reference, reference_sha256), (of_samples, samples_sha256), weights = extract_all(
         args, device, [reference, samples], batch_size
     )
