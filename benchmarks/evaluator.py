@@ -74,7 +74,7 @@ def measure_linear_algebra(count: int = 3000, dim: int = 2048) -> dict:
 
 
 class Mostly(Inception):
-    """The real network on 64 of every 10,000 images, with all it allocates; on the others, to save hours, a projection."""
+    """The real network, with all it allocates, on 64 of 10,000 images; on the others a projection, to save hours."""
 
     def pack(self, batch_size: int) -> "Mostly":
         self.weight, self.calls = torch.randn(192, 2048 + 2023, generator=torch.Generator().manual_seed(0)) / 3840, 0
