@@ -4,20 +4,23 @@
     torchrun --nproc_per_node=8 evaluator.py REF.npz SAMPLE.npz     (the same numbers)
 
 Prints the five numbers, writes them to SAMPLE.txt and, with everything that made them, to the key "evaluation" of
-SAMPLE.json. Exit status: 0, 2 for an input that cannot be evaluated (one line says why), 130 when interrupted.
+SAMPLE.json. Exit status, without torchrun: 0, 2 for an input that cannot be evaluated (one line says why), 130 when
+interrupted.
 """
 
 import argparse
 import ctypes
 import importlib.metadata
 import json
+import os
 import platform
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +35,7 @@ from models.inception_weights import ORIGINAL_KIND, find_weights, read_weights
 from utils import distributed
 from utils.atomic import atomic_file
 from utils.feature_cache import load_features, save_features
-from utils.frechet import InceptionScore, Moments, frechet_distance
+from utils.frechet import INCEPTION_SCORE_BLOCK, InceptionScore, Moments, frechet_distance
 from utils.npz_reader import NpzReader
 from utils.precision_recall import precision_recall
 
@@ -41,6 +44,7 @@ FLOAT16_NORM = 15_000  # squared norms up to this keep all squared distances bel
 SEGMENTS = 64  # a file is cut into about so many pieces, taken in turns by the processes, whatever their number
 FEWEST = 4  # images: each needs three neighbours
 PUBLISHED_COUNT = 50_000
+FEATURES_VERSION = 1  # of our network and statistics; a new number makes feature caches void
 METRICS = ("Inception Score", "FID", "sFID", "Precision", "Recall")
 
 
@@ -66,6 +70,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    if args.tf32 and (args.backend == "tensorflow" or not torch.cuda.is_available()):
+        raise ValueError("--tf32 needs --backend torch and a CUDA GPU; leave it out")
     return args
 
 
@@ -154,10 +160,12 @@ def agreement() -> Iterator[None]:
         raise ValueError(fault) from None
 
 
-def cached(reader: NpzReader, key: dict, compute: Callable[[NpzReader], tuple[Features, str]]) -> tuple[Features, str]:
-    """Features of a file and its sha256, from the cache beside it or computed and saved there."""
+def cached(
+    reader: NpzReader, key: dict, names: set[str], compute: Callable[[NpzReader], tuple[Features, str]]
+) -> tuple[Features, str]:
+    """Features of a file and its sha256, from the arrays `names` of the cache beside it or computed and saved there."""
     key = {**key, **reader.fingerprint()}
-    found = load_features(reader.path, key)
+    found = load_features(reader.path, key, names)
     if all(distributed.gather_objects(found is not None)):
         arrays, sha256 = found
         return Features(torch.from_numpy(arrays.pop("pool")), arrays, from_cache=True), sha256
@@ -176,14 +184,16 @@ def inspect(reference: NpzReader, samples: NpzReader) -> list[str]:
     if samples.count != PUBLISHED_COUNT:
         notes.append(f"{samples.count} samples; published numbers use {PUBLISHED_COUNT}")
     for reader, counts in ((samples, True), (reference, "mu" not in reference.statistics)):
-        if counts and reader.count < POOL_DIM:
+        if counts and 0 < reader.count < POOL_DIM:
             notes.append(
                 f"{reader.path.name} has {reader.count} images: below {POOL_DIM}, FID is biased upwards by much"
             )
     sizes = [f"{reader.height} x {reader.width}" for reader in (reference, samples) if reader.count]
     if len(set(sizes)) > 1:
         notes.append(f"reference images are {sizes[0]}, samples {sizes[1]}: each is resized to 299 x 299 on its own")
-    if samples.labels is not None and looks_sorted(samples.labels):
+    if reference.count and ("mu" in reference.statistics) != ("mu_s" in reference.statistics):
+        notes.append(f"{reference.path.name} has statistics for one of FID and sFID; the other is of its images")
+    if samples.count > INCEPTION_SCORE_BLOCK and samples.labels is not None and looks_sorted(samples.labels):
         notes.append("labels look sorted: the Inception Score of such a file is too small; shuffle images and labels")
     return notes
 
@@ -231,8 +241,9 @@ def extract_all(args: argparse.Namespace, device: torch.device, readers: list[Np
             network.pack(batch_size)
     hand_back()
     key = {
+        "version": FEATURES_VERSION,
+        args.backend: importlib.metadata.version(args.backend),
         "weights": weights["sha256"],
-        "backend": args.backend,
         "device": name_of(device),
         "tf32": args.tf32,
         "batch_size": batch_size,
@@ -241,10 +252,15 @@ def extract_all(args: argparse.Namespace, device: torch.device, readers: list[Np
     batches = Batches(network, batch_size, device)
     to_logits = network.logits if classifies else None
     half = args.pr_dtype == "float16"
-    with ThreadPoolExecutor(1) as background, batches.pool:
+    names = {"pool", "mu", "sigma", "mu_s", "sigma_s"} | ({"score"} if classifies else set())
+    abandoned = threading.Event()
+    with ExitStack() as stack:
+        background = stack.enter_context(ThreadPoolExecutor(1))
+        stack.enter_context(batches.pool)
+        stack.callback(abandoned.set)
 
         def compute(reader: NpzReader) -> tuple[Features, str]:
-            checksum = background.submit(reader.sha256) if distributed.is_main() else None
+            checksum = background.submit(reader.sha256, abandoned) if distributed.is_main() else None
             features = extract(reader, batches, device, to_logits, half)
             with agreement():
                 return features, checksum.result() if checksum else ""
@@ -254,7 +270,7 @@ def extract_all(args: argparse.Namespace, device: torch.device, readers: list[Np
             if not reader.count:
                 found.append((None, reader.sha256()))
             else:
-                found.append(cached(reader, key, compute) if args.cache_features else compute(reader))
+                found.append(cached(reader, key, names, compute) if args.cache_features else compute(reader))
             hand_back()
     return *found, weights
 
@@ -267,12 +283,14 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
         if not samples.count:
             raise ValueError(f"{samples.path}: has statistics only; samples need images (arr_0)")
         for reader in (reference, samples):
-            if 0 < reader.count < FEWEST:
+            if reference.count and reader.count < FEWEST:
                 raise ValueError(f"{reader.path}: has {reader.count} images; precision and recall need {FEWEST}")
+        if distributed.is_main():
+            check_outputs(reference.path, samples.path)
     notes = inspect(reference, samples)
     for note in notes:
         distributed.print0(f"warning: {note}", file=sys.stderr)
-    batch_size = args.batch_size or (2 if device.type == "cpu" else 64)
+    batch_size = min(args.batch_size or (2 if device.type == "cpu" else 64), max(reference.count, samples.count))
     (of_reference, reference_sha256), (of_samples, samples_sha256), weights = extract_all(
         args, device, [reference, samples], batch_size
     )
@@ -288,6 +306,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
             if mu in statistics:
                 mine = of_samples.statistics
                 metrics[name] = frechet_distance(mine[mu], mine[sigma], statistics[mu], statistics[sigma])
+                if not np.isfinite(metrics[name]):
+                    raise ValueError(f"{name} is {metrics[name]}: are {mu} and {sigma} of {reference.path} right?")
     if of_reference:
         pools = of_reference.pool.to(device), of_samples.pool.to(device)
         metrics["Precision"], metrics["Recall"] = precision_recall(*pools, half=args.pr_dtype == "float16")
@@ -339,18 +359,40 @@ def report(result: dict) -> str:
     )
 
 
+def outputs(samples: Path) -> tuple[Path, Path]:
+    """SAMPLE.txt and SAMPLE.json."""
+    return samples.with_suffix(".txt"), samples.with_suffix(".json")
+
+
+def recorded(path: Path) -> dict:
+    """What SAMPLE.json holds already."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is no JSON object; move it away to let the evaluation be recorded")
+    return content
+
+
+def check_outputs(reference: Path, samples: Path) -> None:
+    """Raise ValueError, before anything is computed, where the results could not be written."""
+    for path in outputs(samples):
+        if path in (reference, samples):
+            raise ValueError(f"{path}: the results would be written over it; name it .npz")
+    if not os.access(samples.parent, os.W_OK):
+        raise ValueError(
+            f"{samples.parent}: cannot be written to, but the results go there; link the samples elsewhere"
+        )
+    recorded(outputs(samples)[1])
+
+
 def write(result: dict, samples: Path) -> None:
     """SAMPLE.txt, and the key "evaluation" of SAMPLE.json: what sample_ddp.py wrote there stays."""
-    beside = samples.with_suffix(".json")
-    content = {}
-    if beside.exists():
-        try:
-            content = dict(json.loads(beside.read_text()))
-        except (ValueError, TypeError):
-            raise ValueError(f"{beside}: is no JSON object; move it away to let the evaluation be recorded") from None
+    numbers, record = outputs(samples)
     for path, text in (
-        (samples.with_suffix(".txt"), report(result)),
-        (beside, json.dumps({**content, "evaluation": result}, indent=2) + "\n"),
+        (numbers, report(result)),
+        (record, json.dumps({**recorded(record), "evaluation": result}, indent=2) + "\n"),
     ):
         with atomic_file(path) as file:
             file.write(text.encode())
@@ -361,11 +403,11 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
         args = parse_args(arguments)
-        device = distributed.init()
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+        device = distributed.init(cpu=args.backend == "tensorflow")
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, args.tf32
         torch.backends.cudnn.deterministic = True
         with torch.inference_mode():
-            result = evaluate(args, torch.device("cpu") if args.backend == "tensorflow" else device)
+            result = evaluate(args, device)
         distributed.print0(report(result), end="")
         if distributed.is_main():
             write(result, Path(args.sample_batch))

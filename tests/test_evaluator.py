@@ -73,9 +73,9 @@ def test_the_five_numbers_are_the_published_ones_on_1_2_and_4_processes(files, g
     assert json.loads(samples.with_suffix(".json").read_text())["receipt"] == 1
     for word in (
         "12 samples; published numbers use 50000",
-        "FID is biased",
+        "samples.npz has 12 images: below 2048, FID is biased",
+        "reference.npz has 16 images: below 2048, FID is biased",
         "32 x 32, samples 48 x 48",
-        "labels look sorted",
     ):
         assert sum(word in line for line in err.splitlines()) >= 1
     assert len(record["weights"]["sha256"]) == len(record["samples"]["sha256"]) == 64
@@ -189,7 +189,7 @@ def test_pool_features_are_kept_in_float16_unless_their_distances_would_not_fit(
     assert torch.equal(pool(True), pool(False)) and pool(True).dtype == torch.float32
 
 
-def test_cached_features_give_the_same_numbers_without_the_network(files, tmp_path, instant):
+def test_cached_features_give_the_same_numbers_without_the_network(files, tmp_path, instant, monkeypatch):
     paths = [tmp_path / name for name in ("reference.npz", "samples.npz")]
     for path in paths:
         path.write_bytes((files / path.name).read_bytes())
@@ -214,6 +214,17 @@ def test_cached_features_give_the_same_numbers_without_the_network(files, tmp_pa
     os.utime(paths[0])
     assert run(*paths, "--cache-features", "--batch-size", 5) == 0  # damaged, and made for a file of another date
     assert instant.images == 4 * done
+    for name in ("FEATURES_VERSION", "name_of"):  # features of another version of ours, and of another device
+        with monkeypatch.context() as changed:
+            changed.setattr(evaluator, name, 0 if name == "FEATURES_VERSION" else lambda device: "another")
+            assert run(*paths, "--cache-features") == 0
+    assert instant.images == 6 * done
+    assert run(*paths, "--cache-features") == 0
+    with zipfile.ZipFile(cache_path(paths[1])) as archive, zipfile.ZipFile(tmp_path / "fewer", "w") as fewer:
+        fewer.writestr("record.npy", archive.read("record.npy"))
+    os.replace(tmp_path / "fewer", cache_path(paths[1]))  # a good record, no arrays
+    assert run(*paths, "--cache-features") == 0
+    assert instant.images == 7 * done + 12
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*"))
 
 
@@ -237,6 +248,15 @@ def test_a_reference_of_statistics_only(files, tmp_path, instant, capfd):
     found = evaluation(files / "samples.npz")["metrics"]
     assert abs(found["FID"] - expected["FID"]) > 1
     assert found["Precision"] == expected["Precision"]
+    np.savez(tmp_path / "half.npz", images, mu=mu, sigma=sigma)
+    assert run(tmp_path / "half.npz", files / "samples.npz") == 0
+    assert evaluation(files / "samples.npz")["metrics"]["sFID"] == pytest.approx(expected["sFID"], rel=1e-6)
+    assert "half.npz has statistics for one of FID and sFID" in capfd.readouterr().err
+    np.savez(tmp_path / "far.npz", mu=mu + 1e200, sigma=sigma)
+    assert run(tmp_path / "far.npz", files / "samples.npz") == 2
+    assert "FID is inf: are mu and sigma" in capfd.readouterr().err
+    np.savez(tmp_path / "three.npz", reader.read(0, 3))
+    assert run(tmp_path / "statistics.npz", tmp_path / "three.npz") == 0  # no precision and recall to compute
     capfd.readouterr()
     assert run(files / "reference.npz", tmp_path / "statistics.npz") == 2
     assert "samples need images" in capfd.readouterr().err
@@ -294,11 +314,25 @@ def test_features_that_are_not_finite_are_an_error(files, instant, capfd):
 def test_an_unreadable_json_beside_the_samples_is_not_overwritten(files, tmp_path, instant, capfd):
     samples = tmp_path / "samples.npz"
     samples.write_bytes((files / "samples.npz").read_bytes())
-    samples.with_suffix(".json").write_text("my notes")
+    for text in ("my notes", "[]"):
+        samples.with_suffix(".json").write_text(text)
+        assert run(files / "reference.npz", samples) == 2
+        assert "no JSON object" in capfd.readouterr().err and instant.images == 0
+        assert samples.with_suffix(".json").read_text() == text
+
+
+def test_samples_are_not_overwritten_by_their_results(files, tmp_path, instant, capfd):
+    samples = tmp_path / "samples.txt"
+    samples.write_bytes((files / "samples.npz").read_bytes())
     assert run(files / "reference.npz", samples) == 2
-    out, err = capfd.readouterr()
-    assert "FID: " in out and "no JSON object" in err
-    assert samples.with_suffix(".json").read_text() == "my notes"
+    assert "samples.txt: the results would be written over it" in capfd.readouterr().err
+    assert samples.read_bytes() == (files / "samples.npz").read_bytes() and instant.images == 0
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_network_runs(files, instant, capfd, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert run(files / "reference.npz", files / "samples.npz") == 2
+    assert f"{files}: cannot be written to" in capfd.readouterr().err and instant.images == 0
 
 
 # Reading
@@ -340,6 +374,9 @@ BAD = {
     "only one of mu and sigma": lambda path: np.savez(path, mu=np.zeros(2048)),
     "mu is float64 of shape": lambda path: np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 3))),
     "Is a directory": lambda path: path.mkdir(),
+    "sigma is no covariance": lambda path: np.savez(path, mu=np.zeros(2048), sigma=-np.eye(2048)),
+    "sigma is no covariance: not": lambda path: np.savez(path, mu=np.zeros(2048), sigma=np.tri(2048)),
+    "a variance below 0 or above": lambda path: np.savez(path, mu=np.zeros(2048), sigma=1e308 * np.eye(2048)),
 }
 
 
@@ -361,6 +398,9 @@ def test_bad_options(files, capfd):
     assert "--batch-size 0" in capfd.readouterr().err
     assert run(files / "reference.npz", files / "samples.npz", "--inception", "gone") == 2
     assert "--inception names 'gone'" in capfd.readouterr().err
+    if not torch.cuda.is_available():
+        assert run(files / "reference.npz", files / "samples.npz", "--tf32") == 2
+        assert "--tf32 needs" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -374,6 +414,13 @@ def test_images_are_read_in_any_order(save, tmp_path):
         assert np.array_equal(reader.read(start, stop), images[start:stop])
     reader.close()
     assert np.array_equal(reader.read(7, 9), images[7:9])
+
+
+def test_sorted_labels_are_said_where_the_score_has_several_blocks(files, instant, capfd, monkeypatch):
+    for block, warned in ((12, False), (11, True)):
+        monkeypatch.setattr(evaluator, "INCEPTION_SCORE_BLOCK", block)
+        assert run(files / "reference.npz", files / "samples.npz") == 0
+        assert ("labels look sorted" in capfd.readouterr().err) == warned
 
 
 def test_labels_that_look_sorted():

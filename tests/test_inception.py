@@ -357,10 +357,15 @@ def server(nowhere):
 
 def test_a_download_is_kept_under_its_name_and_its_checksum_is_judged(server, nowhere, monkeypatch):
     said = []
+    with pytest.raises(ValueError, match=r"download failed .neither a TensorFlow graph nor"):  # a login page, say
+        inception_weights.download_original(said.append, f"{server}/whole")
+    assert not list((nowhere / "cache").iterdir())
+    monkeypatch.setattr(inception_weights, "read_graph", lambda data, shapes: None)  # a graph, but another one
     path = inception_weights.download_original(said.append, f"{server}/whole")
     assert path == Path(nowhere / "cache" / inception_weights.ORIGINAL) and path.stat().st_size == 100_000
     assert any("warning" in text and "sha256" in text for text in said)
-    assert find_weights() == path
+    monkeypatch.delattr(inception_weights, "download_original")
+    assert find_weights() == find_weights("download") == path  # not fetched again
 
 
 def test_a_broken_download_leaves_nothing(server, nowhere):

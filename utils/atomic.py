@@ -25,11 +25,10 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(temporary)):
-            error.filename, error.filename2 = str(path), None
-        if error.errno == errno.ENOSPC:
-            error.strerror += f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB free)"
-        raise
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        free = f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB free)" if error.errno == errno.ENOSPC else ""
+        raise OSError(error.errno, error.strerror + free, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)

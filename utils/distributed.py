@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 
-def init(timeout_minutes: int = 30) -> torch.device:
-    """Join the torchrun job when there is one, and return this process's device.
+def init(timeout_minutes: int = 30, *, cpu: bool = False) -> torch.device:
+    """Join the torchrun job when there is one, and return this process's device, with `cpu` never a GPU.
 
     NCCL on GPUs, Gloo on CPUs; without torchrun (no WORLD_SIZE in the environment) nothing is started.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    use_cuda = torch.cuda.is_available()
+    use_cuda = torch.cuda.is_available() and not cpu
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(

@@ -2,12 +2,12 @@
 
 import json
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from utils.atomic import atomic_file
+from utils.npz_reader import DAMAGE
 
 
 def cache_path(images: Path) -> Path:
@@ -15,15 +15,15 @@ def cache_path(images: Path) -> Path:
     return images.with_suffix(".features.npz")
 
 
-def load_features(images: Path, key: dict) -> tuple[dict[str, np.ndarray], str] | None:
-    """Arrays and the sha256 of `images` as saved under an equal key, or None (no cache, another key, damaged)."""
+def load_features(images: Path, key: dict, names: set[str]) -> tuple[dict[str, np.ndarray], str] | None:
+    """Arrays `names` and the sha256 of `images` as saved under an equal key; None: no cache, another key, damaged."""
     try:
         with np.load(cache_path(images), allow_pickle=False) as archive:
             record = json.loads(bytes(archive["record"]))
             if record["key"] != key:
                 return None
-            return {name: archive[name] for name in archive.files if name != "record"}, record["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+            return {name: archive[name] for name in names}, record["sha256"]
+    except (*DAMAGE, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
 
 

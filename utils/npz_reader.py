@@ -8,6 +8,7 @@ Nothing is unpickled. Every fault of a file is a ValueError of one line that beg
 import hashlib
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -60,6 +61,8 @@ class NpzReader:
                     values = read_member(archive, f"{name}.npy", shape)
                     if values.dtype.kind != "f" or not np.isfinite(values).all():
                         raise ValueError(f"{name} is not an array of finite floats")
+                    if values.ndim == 2 and not is_covariance(values):
+                        raise ValueError(f"{name} is no covariance: not symmetric, or a variance below 0 or above 1e12")
                     self.statistics[name] = values.astype(np.float64)
             if self.count and "arr_1.npy" in names:
                 self.labels = read_labels(archive, self.count)
@@ -137,15 +140,18 @@ class NpzReader:
         status = self.path.stat()
         return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "crc": self._info.CRC}
 
-    def sha256(self) -> str:
-        """Checksum of the whole file. On the way a stored arr_0 is held against its own; zlib does that for others."""
+    def sha256(self, abandoned: threading.Event | None = None) -> str:
+        """Checksum of the whole file. On the way a stored arr_0 is held against its own; zlib does that for others.
+
+        Once `abandoned` is set it ends early, with any result.
+        """
         digest, crc, position = hashlib.sha256(), 0, 0
         stored = self.count > 0 and self._info.compress_type == zipfile.ZIP_STORED
         first = self._data - self._header if stored else 0
         stop = first + self._info.file_size if stored else 0
         with self._faults():
             with open(self.path, "rb") as file:
-                while chunk := file.read(CHUNK):
+                while (chunk := file.read(CHUNK)) and not (abandoned and abandoned.is_set()):
                     digest.update(chunk)
                     part = memoryview(chunk)[max(0, first - position) : max(0, stop - position)]
                     crc, position = zlib.crc32(part, crc), position + len(chunk)
@@ -186,7 +192,7 @@ def read_header(member: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...],
         raise ValueError(f"{name} has an unreadable .npy header")
     descr, fortran, shape = (text.decode() for text in match.groups())
     if fortran == "True":
-        raise ValueError(f"{name} is in Fortran order; save np.ascontiguousarray(images)")
+        raise ValueError(f"{name} is in Fortran order; save np.ascontiguousarray of it")
     try:
         dtype = np.dtype(descr)
     except TypeError:
@@ -206,6 +212,16 @@ def read_member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> 
         if len(data) != size or member.read(1):
             raise ValueError(f"{name.removesuffix('.npy')} does not have the bytes of its shape: a damaged file")
         return np.frombuffer(data, dtype).reshape(shape)
+
+
+def is_covariance(values: np.ndarray) -> bool:
+    """Whether values (D, D) are symmetric to rounding and every variance is one that features can have."""
+    variances = values.diagonal()
+    return bool(
+        (variances >= 0).all()
+        and (variances < 1e12).all()
+        and np.allclose(values, values.T, rtol=1e-4, atol=1e-6 * variances.max())
+    )
 
 
 def read_labels(archive: zipfile.ZipFile, count: int) -> np.ndarray | None:
