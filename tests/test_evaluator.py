@@ -1,10 +1,12 @@
 """evaluator.py as a command: TensorFlow's numbers, any number of processes, every bad input in one line."""
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -218,13 +220,17 @@ def test_cached_features_give_the_same_numbers_without_the_network(files, tmp_pa
         with monkeypatch.context() as changed:
             changed.setattr(evaluator, name, 0 if name == "FEATURES_VERSION" else lambda device: "another")
             assert run(*paths, "--cache-features") == 0
-    assert instant.images == 6 * done
+    other_weights = instant, {"path": "-", "kind": "-", "sha256": "1"}, False
+    with monkeypatch.context() as changed:
+        changed.setattr(evaluator, "load_network", lambda args, device: other_weights)
+        assert run(*paths, "--cache-features") == 0
+    assert instant.images == 7 * done
     assert run(*paths, "--cache-features") == 0
     with zipfile.ZipFile(cache_path(paths[1])) as archive, zipfile.ZipFile(tmp_path / "fewer", "w") as fewer:
         fewer.writestr("record.npy", archive.read("record.npy"))
     os.replace(tmp_path / "fewer", cache_path(paths[1]))  # a good record, no arrays
     assert run(*paths, "--cache-features") == 0
-    assert instant.images == 7 * done + 12
+    assert instant.images == 8 * done + 12
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*"))
 
 
@@ -421,6 +427,23 @@ def test_sorted_labels_are_said_where_the_score_has_several_blocks(files, instan
         monkeypatch.setattr(evaluator, "INCEPTION_SCORE_BLOCK", block)
         assert run(files / "reference.npz", files / "samples.npz") == 0
         assert ("labels look sorted" in capfd.readouterr().err) == warned
+
+
+def test_a_fingerprint_changes_with_size_date_and_content(tmp_path):
+    path, found = tmp_path / "images.npz", []
+    for images, date in ((good(), 1), (good(), 2), (255 - good(), 2), (good()[:4], 2)):
+        np.savez(path, images)
+        os.utime(path, ns=(date, date))
+        found.append(NpzReader(path).fingerprint())
+    for before, after, changed in zip(found, found[1:], ({"mtime_ns"}, {"crc"}, {"size", "crc"})):
+        assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_an_abandoned_checksum_ends_early(files):
+    reader, abandoned = NpzReader(files / "reference.npz"), threading.Event()
+    assert reader.sha256(abandoned) == hashlib.sha256(reader.path.read_bytes()).hexdigest()
+    abandoned.set()
+    assert reader.sha256(abandoned) == hashlib.sha256().hexdigest()
 
 
 def test_labels_that_look_sorted():
