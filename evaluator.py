@@ -11,7 +11,6 @@ interrupted.
 import argparse
 import ctypes
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -38,6 +37,7 @@ from utils.feature_cache import load_features, save_features
 from utils.frechet import INCEPTION_SCORE_BLOCK, InceptionScore, Moments, frechet_distance
 from utils.npz_reader import NpzReader
 from utils.precision_recall import precision_recall
+from utils.run_folder import read_json, write_json
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 FLOAT16_NORM = 15_000  # squared norms up to this keep all squared distances below float16's largest, 65,504
@@ -366,13 +366,7 @@ def outputs(samples: Path) -> tuple[Path, Path]:
 
 def recorded(path: Path) -> dict:
     """What SAMPLE.json holds already."""
-    try:
-        content = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: is no JSON object; move it away to let the evaluation be recorded")
-    return content
+    return read_json(path, "move it away to let the evaluation be recorded") if path.exists() else {}
 
 
 def check_outputs(reference: Path, samples: Path) -> None:
@@ -390,12 +384,9 @@ def check_outputs(reference: Path, samples: Path) -> None:
 def write(result: dict, samples: Path) -> None:
     """SAMPLE.txt, and the key "evaluation" of SAMPLE.json: what sample_ddp.py wrote there stays."""
     numbers, record = outputs(samples)
-    for path, text in (
-        (numbers, report(result)),
-        (record, json.dumps({**recorded(record), "evaluation": result}, indent=2) + "\n"),
-    ):
-        with atomic_file(path) as file:
-            file.write(text.encode())
+    with atomic_file(numbers) as file:
+        file.write(report(result).encode())
+    write_json(record, {**recorded(record), "evaluation": result})
 
 
 def main(arguments: list[str] | None = None) -> int:

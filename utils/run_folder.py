@@ -68,14 +68,14 @@ def lock(folder: Path, stack: ExitStack) -> bool:
     return True
 
 
-def read_json(path: Path) -> dict:
-    """What write_json wrote. ValueError names a file that holds something else."""
+def read_json(path: Path, remedy: str = "it does not say which run this is; choose or empty a folder") -> dict:
+    """What write_json wrote. ValueError names a file that holds something else, and the remedy."""
     try:
         values = json.loads(path.read_text())
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it does not say which run this is; choose or empty a folder")
+        raise ValueError(f"{path} is damaged, no JSON object: {remedy}")
     return values
 
 
