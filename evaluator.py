@@ -298,16 +298,17 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict:
     extracted = time.monotonic()
 
     metrics = dict.fromkeys(METRICS)
-    if distributed.is_main():
-        if "score" in of_samples.statistics:
-            metrics["Inception Score"] = of_samples.statistics["score"].item()
-        statistics = {**(of_reference.statistics if of_reference else {}), **reference.statistics}
-        for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
-            if mu in statistics:
-                mine = of_samples.statistics
-                metrics[name] = frechet_distance(mine[mu], mine[sigma], statistics[mu], statistics[sigma])
-                if not np.isfinite(metrics[name]):
-                    raise ValueError(f"{name} is {metrics[name]}: are {mu} and {sigma} of {reference.path} right?")
+    with agreement():
+        if distributed.is_main():
+            if "score" in of_samples.statistics:
+                metrics["Inception Score"] = of_samples.statistics["score"].item()
+            statistics = {**(of_reference.statistics if of_reference else {}), **reference.statistics}
+            for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
+                if mu in statistics:
+                    mine = of_samples.statistics
+                    metrics[name] = frechet_distance(mine[mu], mine[sigma], statistics[mu], statistics[sigma])
+                    if not np.isfinite(metrics[name]):
+                        raise ValueError(f"{name} is {metrics[name]}: are {mu} and {sigma} of {reference.path} right?")
     if of_reference:
         pools = of_reference.pool.to(device), of_samples.pool.to(device)
         metrics["Precision"], metrics["Recall"] = precision_recall(*pools, half=args.pr_dtype == "float16")
