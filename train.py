@@ -8,7 +8,7 @@ import argparse
 import copy
 import dataclasses
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -426,6 +426,12 @@ def main(argv: list[str] | None = None) -> int:
             "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
         }  # fmt: skip
 
+    loader = train_loader(
+        data, global_batch_size=args.global_batch_size, batch_size=batch_size, seed=args.global_seed, start_step=step,
+        num_steps=total_steps, rank=distributed.rank(), world_size=args.world_size, num_workers=args.num_workers,
+        aug_decay_start=args.aug_decay_start_epoch, aug_decay_end=args.aug_decay_end_epoch,
+        max_bad_share=args.max_bad_share, pin_memory=is_cuda, report=warn,
+    )  # fmt: skip
     tracker = Tracker(
         results, step=step, total_steps=total_steps, steps_per_epoch=steps_per_epoch,
         global_batch_size=args.global_batch_size,
@@ -437,51 +443,45 @@ def main(argv: list[str] | None = None) -> int:
         f"steps done; batch {args.global_batch_size} = {args.world_size} processes ({device.type}) x "
         f"{args.grad_accum_steps} parts x {batch_size}"
     )
-    loader = train_loader(
-        data, global_batch_size=args.global_batch_size, batch_size=batch_size, seed=args.global_seed, start_step=step,
-        num_steps=total_steps, rank=distributed.rank(), world_size=args.world_size, num_workers=args.num_workers,
-        aug_decay_start=args.aug_decay_start_epoch, aug_decay_end=args.aug_decay_end_epoch,
-        max_bad_share=args.max_bad_share, pin_memory=is_cuda, report=warn,
-    )  # fmt: skip
     schedule = partial(
         learning_rate, lr=args.lr, min_lr=args.min_lr, warmup_steps=args.warmup_steps, decay_start=args.decay_start,
         total_steps=total_steps,
     )  # fmt: skip
-    preemption = Preemption(rescue=lambda: checkpoints.save(state(), step) or checkpoints.wait())
-    parts, stopped = iter(loader), False
+    with (
+        Preemption(rescue=lambda: checkpoints.save(state(), step) or checkpoints.wait()) as preemption,
+        tracker, checkpoints, closing(iter(loader)) as parts,
+    ):  # fmt: skip
+        stopped = False
+        while step < total_steps and not stopped:
+            batches = [next(parts) for _ in range(loader.batches_per_step)]
+            lr = schedule(step)
+            set_lr(stage.optimizers, lr)
+            losses = stage.backward(batches, step)
+            with preemption.updating:  # a checkpoint is taken before or after, never within
+                norms = stage.update()
+                if ema is not None:
+                    ema.update()
+                step += 1
+            finite = torch.stack(list(norms.values())).isfinite().all()
+            tracker.add(step, losses | norms, finite=finite, indices=torch.cat([batch.index for batch in batches]))
 
-    while step < total_steps and not stopped:
-        batches = [next(parts) for _ in range(loader.batches_per_step)]
-        lr = schedule(step)
-        set_lr(stage.optimizers, lr)
-        losses = stage.backward(batches, step)
-        with preemption.updating:  # a checkpoint is taken before or after, never within
-            norms = stage.update()
-            if ema is not None:
-                ema.update()
-            step += 1
-        finite = torch.stack(list(norms.values())).isfinite().all()
-        tracker.add(step, losses | norms, finite=finite, indices=torch.cat([batch.index for batch in batches]))
+            stopped = preemption.requested()
+            is_last, ends_epoch = step == total_steps, step % steps_per_epoch == 0
+            if step % args.log_every == 0 or is_last or stopped:
+                stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
+                tracker.log(step, lr)
+            if args.sample_every and step % args.sample_every == 0 and distributed.is_main():
+                log_pictures(tracker, stage, ema, batches[0], step)
+            if step % args.save_every == 0 or ends_epoch or is_last or stopped:
+                skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
+                kept = ends_epoch and step // steps_per_epoch % args.keep_freq == 0
+                if distributed.is_main() and (is_last or stopped or kept or not skipping):
+                    checkpoints.save(state(), step, step // steps_per_epoch if kept else None)
 
-        stopped = preemption.requested()
-        is_last, ends_epoch = step == total_steps, step % steps_per_epoch == 0
-        if step % args.log_every == 0 or is_last or stopped:
-            stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
-            tracker.log(step, lr)
-        if args.sample_every and step % args.sample_every == 0 and distributed.is_main():
-            log_pictures(tracker, stage, ema, batches[0], step)
-        if step % args.save_every == 0 or ends_epoch or is_last or stopped:
-            skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
-            kept = ends_epoch and step // steps_per_epoch % args.keep_freq == 0
-            if distributed.is_main() and (is_last or stopped or kept or not skipping):
-                checkpoints.save(state(), step, step // steps_per_epoch if kept else None)
-
-    saved = checkpoints.wait()
-    preemption.close()
-    if stopped:
-        newest = f"step {step}" if saved else f"{checkpoints.good[-1].name if checkpoints.good else 'the start'}"
-        tracker.print(f"stopped by a signal after step {step}; the same command continues from {newest}")
-    tracker.close()
+        saved = checkpoints.wait()
+        if stopped:
+            newest = f"step {step}" if saved else f"{checkpoints.good[-1].name if checkpoints.good else 'the start'}"
+            tracker.print(f"stopped by a signal after step {step}; the same command continues from {newest}")
     distributed.barrier()
     distributed.cleanup()
     return preemption.exit_code if stopped else 0 if saved else 1

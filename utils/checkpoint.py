@@ -74,7 +74,8 @@ class CheckpointFolder:
     """The checkpoints of one run, written by one process.
 
     The newest complete one and the one before it stay, and all that were saved with an epoch; older ones go.
-    `report` takes one line of text: damaged files that were skipped, saves that failed.
+    `report` takes one line of text: damaged files that were skipped, saves that failed. A context manager: no save
+    goes on behind the block.
     """
 
     def __init__(self, folder: Path, report: Callable[[str], None] = print):
@@ -82,6 +83,12 @@ class CheckpointFolder:
         self.good: list[Path] = []  # complete ones that this process wrote or loaded, oldest first
         self.failed = False  # whether the newest save failed
         self.writer: threading.Thread | None = None
+
+    def __enter__(self) -> "CheckpointFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
 
     def found(self) -> list[tuple[int, Path]]:
         """(step, path) of all checkpoints by name, newest first."""
@@ -121,13 +128,14 @@ class CheckpointFolder:
         self.wait()
         suffix = "" if epoch is None else f"_epoch_{epoch:04d}"
         path = self.folder / f"step_{step:08d}{suffix}.pt"
-        self.writer = threading.Thread(target=self._write, args=(snapshot(state), path), daemon=True)
+        self.writer = threading.Thread(target=self._write, args=(snapshot(state), path))
         self.writer.start()
 
     def wait(self) -> bool:
         """Wait for the save under way; whether the newest save succeeded."""
         if self.writer is not None:
             self.writer.join()
+            self.writer = None  # and with it the copy that it wrote
         return not self.failed
 
     def _write(self, state: dict, path: Path) -> None:

@@ -12,6 +12,7 @@ from utils import distributed
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 GRACE_SECONDS = 10.0  # torchrun kills 30 s after its SIGTERM; the checkpoint must be written by then
+CLOSED = 0  # the byte that ends the watcher; no signal has this number
 
 
 class Preemption:
@@ -20,6 +21,8 @@ class Preemption:
     Asked between steps, `requested` says whether any process got a signal. When the main thread has not come back to
     it within the grace period, the watcher itself calls `rescue` (on rank 0; the lock `updating` is held, so weights
     and optimizers are those of a whole number of steps) and ends the process. Exit code: `exit_code`.
+    A context manager: the watcher ends with the block. One that lived on would free the tensors behind `rescue` while
+    the interpreter shuts down, which aborts the process.
     """
 
     def __init__(self, rescue: Callable[[], None], grace_seconds: float = GRACE_SECONDS):
@@ -33,7 +36,8 @@ class Preemption:
         os.set_blocking(self.alarm, False)
         self.previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self.previous_wakeup = signal.set_wakeup_fd(self.alarm, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
 
     @property
     def exit_code(self) -> int:
@@ -53,13 +57,21 @@ class Preemption:
             self.seen.set()
         return stop
 
-    def close(self) -> None:
-        """Back to the former handlers."""
-        self._finish_pending()
+    def __enter__(self) -> "Preemption":
+        return self
+
+    def __exit__(self, error: type | None, *_: object) -> None:
+        """Back to the former handlers. After an error the other processes' answers are not waited for."""
+        if error is None:
+            self._finish_pending()
         signal.set_wakeup_fd(self.previous_wakeup)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        self.seen.set()
+        os.write(self.alarm, bytes([CLOSED]))  # closing would not do: loader workers hold copies of the pipe
+        self.watcher.join()
         os.close(self.alarm)
+        os.close(self.reader)
 
     def _finish_pending(self) -> int:
         if self.pending is None:
@@ -71,11 +83,11 @@ class Preemption:
 
     def _watch(self) -> None:
         while self.received not in SIGNALS:
-            byte = os.read(self.reader, 1)
-            if not byte:
+            (number,) = os.read(self.reader, 1)
+            if number == CLOSED:
                 return
-            if byte[0] in SIGNALS:
-                self.received = byte[0]
+            if number in SIGNALS:
+                self.received = number
         is_main = distributed.is_main()
         if self.seen.wait(self.grace_seconds if is_main else 2 * self.grace_seconds):
             return

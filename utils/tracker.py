@@ -104,7 +104,10 @@ class Tracker:
             self.file.write(text + "\n")
             self.file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
