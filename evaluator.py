@@ -28,16 +28,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.inception import POOL_DIM, SPATIAL_DIM, Inception
-from models.inception_tensorflow import TensorFlowInception
-from models.inception_weights import ORIGINAL_KIND, find_weights, read_weights
 from utils import distributed
-from utils.atomic import atomic_file
-from utils.feature_cache import load_features, save_features
-from utils.frechet import INCEPTION_SCORE_BLOCK, InceptionScore, Moments, frechet_distance
-from utils.npz_reader import NpzReader
-from utils.precision_recall import precision_recall
-from utils.run_folder import read_json, write_json
+from utils.evaluation.features import load_features, save_features
+from utils.evaluation.frechet import INCEPTION_SCORE_BLOCK, InceptionScore, Moments, frechet_distance
+from utils.evaluation.inception import POOL_DIM, SPATIAL_DIM, Inception
+from utils.evaluation.inception_tensorflow import TensorFlowInception
+from utils.evaluation.inception_weights import ORIGINAL_KIND, find_weights, read_weights
+from utils.evaluation.npz_reader import NpzReader
+from utils.evaluation.precision_recall import precision_recall
+from utils.files import atomic_file
+from utils.sampling.run_folder import read_json, write_json
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 FLOAT16_NORM = 15_000  # squared norms up to this keep all squared distances below float16's largest, 65,504

@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 from models import PRESETS, SphereAR, load_checkpoint
 from utils import distributed
-from utils.atomic import atomic_file
-from utils.contact_sheet import layout, write_contact_sheet
-from utils.few_rows import choose_ways, use_ways
+from utils.evaluation.npz_reader import NpzReader
+from utils.files import atomic_file
+from utils.images import layout, write_contact_sheet
 from utils.noise import Purpose, normals, words
-from utils.npz import Range, assemble, finished_shards, missing_ranges, read_image, write_shard
-from utils.npz_reader import NpzReader
-from utils.run_folder import Stopped, open_run, raise_on_signals, read_json, write_json
-from utils.static_generation import cast_weights, make_static
+from utils.sampling.few_rows import choose_ways, use_ways
+from utils.sampling.graphs import cast_weights, make_static
+from utils.sampling.run_folder import Stopped, open_run, raise_on_signals, read_json, write_json
+from utils.sampling.shards import Range, assemble, finished_shards, missing_ranges, read_image, write_shard
 
 LAST_STEP_SIZE = 0.04  # of the published numbers
 DECODE_PIXELS = {"cuda": 2**22, "cpu": 2**19}  # images decoded at a time: 64 and 8 of 256 x 256

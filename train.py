@@ -33,13 +33,13 @@ from models.losses import adversarial_loss, adversarial_weight, discriminator_lo
 from models.lpips import LPIPS, vgg_weights
 from models.sphere import GAMMA_ROUNDS
 from utils import distributed
-from utils.checkpoint import CheckpointFolder, load
-from utils.ema import EMA
-from utils.flags import check_run, check_same_run, parse_args
 from utils.noise import Purpose, normals, uniforms
-from utils.optim import build_adamw, learning_rate, poison, set_lr, update
-from utils.preemption import Preemption
-from utils.tracker import Tracker
+from utils.training.checkpoints import CheckpointFolder, load
+from utils.training.ema import EMA
+from utils.training.optim import build_adamw, learning_rate, poison, set_lr, update
+from utils.training.options import check_run, check_same_run, parse_args
+from utils.training.preemption import Preemption
+from utils.training.tracker import Tracker
 
 PICTURES = 16
 SAMPLE_SETTINGS = dict(cfg_scale=3.0, num_sampling_steps=50)

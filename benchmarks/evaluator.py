@@ -22,19 +22,19 @@ import scipy.linalg
 import torch
 
 import evaluator
-from models import inception_weights
-from models.inception import Inception
-from tests.graph_def import inception_graph
-from utils.atomic import atomic_file
-from utils.frechet import frechet_distance
+from tests.helpers.graph_def import inception_graph
+from utils.evaluation import inception_weights
+from utils.evaluation.frechet import frechet_distance
+from utils.evaluation.inception import Inception
+from utils.files import atomic_file
 
 RESULT = Path(__file__).parent / "results" / "evaluator.json"
 
 
 def measure_features(backend: str, graph: Path, images: int, size: int) -> dict:
     """Images/s and images per second of CPU time, which other processes disturb less, by batch size; peak in MB."""
-    from models.inception_tensorflow import TensorFlowInception
-    from models.inception_weights import read_weights
+    from utils.evaluation.inception_tensorflow import TensorFlowInception
+    from utils.evaluation.inception_weights import read_weights
 
     device = torch.device("cuda" if torch.cuda.is_available() and backend == "torch" else "cpu")
     network = TensorFlowInception(graph) if backend == "tensorflow" else read_weights(graph).network().to(device)

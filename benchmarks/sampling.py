@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sample_ddp
 from models import PRESETS, SphereAR
 from models.flow import guide, time_grid
-from utils.atomic import atomic_file
-from utils.few_rows import choose_ways, use_ways
-from utils.static_generation import cast_weights, make_static
+from utils.files import atomic_file
+from utils.sampling.few_rows import choose_ways, use_ways
+from utils.sampling.graphs import cast_weights, make_static
 
 SCALE = 4.5
 

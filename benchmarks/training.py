@@ -27,7 +27,7 @@ from dataset import Sample  # noqa: E402
 from models import PRESETS, SVAE, SphereAR  # noqa: E402
 from models.flow import interpolate  # noqa: E402
 from models.losses import kl_loss  # noqa: E402
-from utils.ema import EMA  # noqa: E402
+from utils.training.ema import EMA  # noqa: E402
 
 
 def synchronise(device: torch.device) -> None:

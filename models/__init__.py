@@ -1,6 +1,6 @@
 """SphereAR's models: the sphere, the S-VAE, the AR transformer and its diffusion head."""
 
-from models.pretrained import (
+from models.checkpoint import (
     build,
     checkpoint_state,
     config_from_dict,

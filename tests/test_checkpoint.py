@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import checkpoint
-from utils.checkpoint import CheckpointFolder, load, load_verified, snapshot, write
+from utils.training import checkpoints as checkpoint
+from utils.training.checkpoints import CheckpointFolder, load, load_verified, snapshot, write
 
 
 def state(step: int, size: int = 1000) -> dict:

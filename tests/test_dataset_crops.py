@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_tars import bad_pictures, picture
 from PIL import Image
 
 from dataset.decode import BadPicture, decode_exact, decode_fast
 from dataset.transforms import Draws, Window, center_window, crop_exact, crop_fast, draw, random_window
+from tests.helpers.dataset_tars import bad_pictures, picture
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "golden_crops.npz", allow_pickle=False)
 CASES = sorted({name.rsplit("_", 1)[0] for name in GOLDEN.files})

@@ -7,11 +7,11 @@ import time
 
 import numpy as np
 import pytest
-from dataset_tars import class_tars, picture, small_classes, tar_bytes
 
 from dataset import build_dataset, tar_index
 from dataset.imagenet import open_source
 from dataset.tar_index import build_index, load_index
+from tests.helpers.dataset_tars import class_tars, picture, small_classes, tar_bytes
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_tars import bad_pictures, class_tars, picture, small_classes
 from torch.utils.data import DataLoader
 
 from dataset import CropKey, build_dataset, crop_probability, train_loader
 from dataset.check import check
 from dataset.loader import epoch_order
 from dataset.toy import write_toy
+from tests.helpers.dataset_tars import bad_pictures, class_tars, picture, small_classes
 
 ROOT = Path(__file__).parent.parent
 SIZE = 16

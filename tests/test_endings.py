@@ -8,10 +8,10 @@ import weakref
 from pathlib import Path
 
 import pytest
-import small_run
 
 import train
-from utils.preemption import Preemption
+from tests.helpers import small_run
+from utils.training.preemption import Preemption
 
 ROOT = Path(__file__).resolve().parent.parent
 

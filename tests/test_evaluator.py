@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import evaluator
-from tests.graph_def import inception_graph
+from tests.helpers.graph_def import inception_graph
 from tests.test_frechet import brute_force, published_frechet, published_score, statistics
 from tests.test_inception import mutate, pictures
-from utils import npz_reader
-from utils.feature_cache import cache_path
-from utils.npz_reader import NpzReader
+from utils.evaluation import npz_reader
+from utils.evaluation.features import cache_path
+from utils.evaluation.npz_reader import NpzReader
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,7 +83,7 @@ def test_the_five_numbers_are_the_published_ones_on_1_2_and_4_processes(files, g
     assert len(record["weights"]["sha256"]) == len(record["samples"]["sha256"]) == 64
     assert record["dtypes"] == {"network": "float32", "precision and recall": "float32", "statistics": "float64"}
 
-    from models.inception_tensorflow import TensorFlowInception
+    from utils.evaluation.inception_tensorflow import TensorFlowInception
 
     tensorflow = TensorFlowInception(graph)
     (pool, spatial), (other_pool, other_spatial) = (
@@ -127,7 +127,7 @@ def test_the_tensorflow_backend_agrees_and_needs_the_graph(files, graph, capfd):
 
 
 def installed():
-    from models.inception_weights import installed_file
+    from utils.evaluation.inception_weights import installed_file
 
     return installed_file()
 

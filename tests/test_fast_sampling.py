@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 import sample_ddp
 from models import PRESETS, SphereAR, checkpoint_state, config_to_dict
-from utils import few_rows
-from utils.few_rows import WAYS, FewRowLinear, choose_ways, fastest_way, use_ways
 from utils.noise import Purpose, normals
-from utils.npz import write_shard
-from utils.static_generation import Graphed, cast_weights, make_static
+from utils.sampling import few_rows
+from utils.sampling.few_rows import WAYS, FewRowLinear, choose_ways, fastest_way, use_ways
+from utils.sampling.graphs import Graphed, cast_weights, make_static
+from utils.sampling.shards import write_shard
 
 STEPS = 3
 SETTINGS = {"cfg_scale": 2.0, "num_sampling_steps": STEPS}

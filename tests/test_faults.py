@@ -5,10 +5,11 @@ import subprocess
 import time
 
 import pytest
-import small_run
-from small_run import differences, finish, flags, last, start
-from test_checkpoint import CheckpointFolder, folder, is_whole, kill_savers, state  # noqa: F401
-from test_train_distributed import kill_tree
+
+from tests.helpers import small_run
+from tests.helpers.small_run import differences, finish, flags, last, start
+from tests.test_checkpoint import CheckpointFolder, folder, is_whole, kill_savers, state  # noqa: F401
+from tests.test_train_distributed import kill_tree
 
 pytestmark = pytest.mark.faults
 

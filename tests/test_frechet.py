@@ -5,9 +5,9 @@ import pytest
 import scipy.linalg
 import torch
 
-from utils import precision_recall as pr
-from utils.frechet import Moments, frechet_distance, inception_score
-from utils.precision_recall import precision_recall, radii, squared_distances
+from utils.evaluation import precision_recall as pr
+from utils.evaluation.frechet import Moments, frechet_distance, inception_score
+from utils.evaluation.precision_recall import precision_recall, radii, squared_distances
 
 
 def features(count, dim, seed=0, shift=0.0):

@@ -1,13 +1,13 @@
 """What only a CUDA device can show; skipped without one. Written on a machine without a GPU."""
 
 import pytest
-import small_run
 import torch
 
 import sample_ddp
 from models import PRESETS, SphereAR
+from tests.helpers import small_run
 from utils.noise import Purpose, normals, uniforms, words
-from utils.static_generation import make_static
+from utils.sampling.graphs import make_static
 
 pytestmark = [
     pytest.mark.gpu,

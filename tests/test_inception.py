@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from models import inception_weights
-from models.inception import resize
-from models.inception_weights import convolution_shapes, find_weights, port_name, read_graph, read_weights
-from tests.graph_def import inception_graph, stem_graph
+from tests.helpers.graph_def import inception_graph, stem_graph
+from utils.evaluation import inception_weights
+from utils.evaluation.inception import resize
+from utils.evaluation.inception_weights import convolution_shapes, find_weights, port_name, read_graph, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_the_table_has_94_convolutions_and_23885392_parameters():
 
 
 def test_features_and_logits_equal_tensorflow(graph, network):
-    from models.inception_tensorflow import TensorFlowInception
+    from utils.evaluation.inception_tensorflow import TensorFlowInception
 
     tensorflow = TensorFlowInception(graph)
     for size in (64, 300):
@@ -66,7 +66,7 @@ def test_features_and_logits_equal_tensorflow(graph, network):
 
 
 def test_packed_weights_give_tensorflows_features_too(graph):
-    from models.inception_tensorflow import TensorFlowInception
+    from utils.evaluation.inception_tensorflow import TensorFlowInception
 
     images = pictures(5, 64)
     packed = read_weights(graph).network().pack(4)
@@ -139,7 +139,7 @@ def test_port_names_are_torchvisions_layer_by_layer(port, network, monkeypatch):
     judge = port[1]
     functions = types.SimpleNamespace(**vars(F))
     functions.avg_pool2d = partial(F.avg_pool2d, count_include_pad=False)
-    monkeypatch.setattr(torchvision.models.inception, "F", functions)
+    monkeypatch.setattr(torchvision.utils.evaluation.inception, "F", functions)
     x = y = torch.randn(1, 3, 139, 139)
     with torch.inference_mode():
         for name, layer in judge.named_children():

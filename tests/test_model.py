@@ -328,7 +328,7 @@ def test_checkpoint_with_config_round_trips(nano, tmp_path):
 def test_published_checkpoints_are_recognised_from_their_shapes(name):
     with torch.device("meta"):
         state = {key: torch.empty(shape) for key, shape in RELEASED[name].items()}
-    assert models.pretrained.infer_config(state) == (SVAEConfig() if name == "S-VAE" else PRESETS[name])
+    assert models.checkpoint.infer_config(state) == (SVAEConfig() if name == "S-VAE" else PRESETS[name])
 
 
 def test_published_form_loads_strictly(tmp_path):

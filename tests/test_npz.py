@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from utils.atomic import atomic_file
-from utils.npz import assemble, finished_shards, missing_ranges, read_image, write_shard
+from utils.files import atomic_file
+from utils.sampling.shards import assemble, finished_shards, missing_ranges, read_image, write_shard
 
 SIZE = 8
 IMAGES = np.random.RandomState(0).randint(0, 256, (10, SIZE, SIZE, 3), np.uint8)
@@ -105,7 +105,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from utils.npz import assemble, finished_shards, write_shard
+from utils.sampling.shards import assemble, finished_shards, write_shard
 def peak():  # of this process alone: ru_maxrss would count the parent's too
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 folder, size, per_shard, count = Path(sys.argv[1]), 256, 64, 8

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from models import PRESETS, SphereAR
-from utils.ema import EMA
-from utils.optim import build_adamw, learning_rate, poison, update
+from utils.training.ema import EMA
+from utils.training.optim import build_adamw, learning_rate, poison, update
 
 
 def small_model() -> nn.Module:

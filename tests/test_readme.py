@@ -8,7 +8,7 @@ import pytest
 import evaluator
 import sample_ddp
 from models import PRESETS
-from utils import flags
+from utils.training import options as flags
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

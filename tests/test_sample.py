@@ -18,7 +18,7 @@ from PIL import Image
 import sample_ddp
 from models import PRESETS, SphereAR, checkpoint_state, config_to_dict
 from utils.noise import Purpose, normals
-from utils.run_folder import open_run
+from utils.sampling.run_folder import open_run
 
 ROOT = Path(__file__).parents[1]
 BRIEF = ["--num-sampling-steps", "3", "--cfg-scale", "1.5", "--class-ids", "1,8,3"]
@@ -339,7 +339,7 @@ def test_a_full_disk_damages_nothing(sample, monkeypatch, capsys):
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("utils.npz.np.lib.format.write_array_header_1_0", full)
+    monkeypatch.setattr("utils.sampling.shards.np.lib.format.write_array_header_1_0", full)
     code, folder = sample("run", "--num-fid-samples", 2)
     assert code == 1 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert not list((folder / "shards").iterdir())
@@ -360,7 +360,7 @@ def test_values_that_are_not_finite_become_no_images(sample, monkeypatch, capsys
 
 
 def test_contact_sheet_names_imagenet_classes(tmp_path):
-    from utils.contact_sheet import class_names, layout, write_contact_sheet
+    from utils.images import class_names, layout, write_contact_sheet
 
     assert class_names(1000)[207] == "golden retriever" and class_names(10)[3] == "3"
     rows = layout(np.arange(50000) % 1000)

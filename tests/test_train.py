@@ -6,13 +6,13 @@ import tarfile
 import time
 
 import pytest
-import small_run
 import torch
-from small_run import BATCH, STEPS_PER_EPOCH, differences, flags, largest_difference, run_here
 
 import train
 from models import SVAE, SphereAR, load_checkpoint
-from utils.checkpoint import load
+from tests.helpers import small_run
+from tests.helpers.small_run import BATCH, STEPS_PER_EPOCH, differences, flags, largest_difference, run_here
+from utils.training.checkpoints import load
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_a_signal_in_a_skipped_step_still_saves_and_says_from_where_to_continue(
     calls = iter(range(1, 100))
     monkeypatch.setattr(train.Preemption, "calls", lambda self: next(calls), raising=False)
     if disk_full:
-        monkeypatch.setattr("utils.checkpoint.write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        monkeypatch.setattr("utils.training.checkpoints.write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     train.main(ar("run", "--max-steps", 9, "--save-every", 9))
     assert f"continues from {'the start' if disk_full else 'step 3'}" in capsys.readouterr().out
     assert (tmp_path / "run/checkpoints/step_00000003.pt").exists() is not disk_full
@@ -275,7 +275,7 @@ def test_full_disk_does_not_stop_training(ar, tmp_path, monkeypatch, capsys):
 
     def full(folder, state, path):
         if state["step"] in (2, 3):
-            monkeypatch.setattr("utils.checkpoint.torch.save", disk_full)
+            monkeypatch.setattr("utils.training.checkpoints.torch.save", disk_full)
         else:
             monkeypatch.undo()
         write(folder, state, path)
@@ -314,7 +314,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_continues(ar, tmp_pat
 def test_a_signal_in_a_step_that_does_not_end(ar, tmp_path):
     """As in compilation: the watcher saves the last whole step and ends the process."""
     code = (
-        "import sys, time, train, utils.preemption as p\n"
+        "import sys, time, train, utils.training.preemption as p\n"
         "p.Preemption.__init__.__defaults__ = (1.0,)\n"
         "backward = train.ARStage.backward\n"
         "def slow(stage, batches, step):\n"

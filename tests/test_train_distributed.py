@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-import small_run
-from small_run import differences, finish, flags, largest_difference, last, run_here, start
 
-from utils.checkpoint import load
+from tests.helpers import small_run
+from tests.helpers.small_run import differences, finish, flags, largest_difference, last, run_here, start
+from utils.training.checkpoints import load
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from utils.atomic import sync
+from utils.files import sync
 
 NAME = re.compile(r"step_(\d{8,})(_epoch_\d{4,})?\.pt")
 

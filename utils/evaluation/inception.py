@@ -176,7 +176,7 @@ def build_branch(scope: str, channels: int, layers: Branch) -> tuple[nn.Sequenti
 class Inception(nn.Module):
     """Images in 0..255 to the features of the metrics. Sizes other than 299 are resized as TensorFlow did in 2015.
 
-    Built with arbitrary weights: `load` takes those of a file (models/inception_weights.py).
+    Built with arbitrary weights: `load` takes those of a file (utils/evaluation/inception_weights.py).
     """
 
     def __init__(self):

@@ -13,9 +13,9 @@ from PIL import Image
 
 import train
 from models import PRESETS, SVAE, checkpoint_state, config_to_dict
-from utils.checkpoint import load
+from utils.training.checkpoints import load
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES, PER_CLASS, BATCH = 4, 13, 8
 STEPS_PER_EPOCH = CLASSES * PER_CLASS // BATCH  # 6, with 4 pictures left over
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.atomic import atomic_file
+from utils.files import atomic_file
 
 MAX_ROWS, GAP = 10, 2
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.atomic import atomic_file
+from utils.files import atomic_file
 
 Range = tuple[int, int]  # image indices start <= i < stop
 COPY_BYTES = 1 << 22

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.atomic import atomic_file
-from utils.npz_reader import DAMAGE
+from utils.evaluation.npz_reader import DAMAGE
+from utils.files import atomic_file
 
 
 def cache_path(images: Path) -> Path:

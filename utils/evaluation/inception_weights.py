@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.inception import BLOCKS, NUM_LOGITS, POOL_DIM, ConvParameters, Inception
+from utils.evaluation.inception import BLOCKS, NUM_LOGITS, POOL_DIM, ConvParameters, Inception
 
 ORIGINAL = "classify_image_graph_def.pb"
 ORIGINAL_KIND = "TensorFlow graph"

@@ -1,6 +1,6 @@
 """Writes a GraphDef of the form of the original `classify_image_graph_def.pb`, with seeded random weights.
 
-Written from the specification alone, not from the table of models/inception.py, which it judges.
+Written from the specification alone, not from the table of utils/evaluation/inception.py, which it judges.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The original graph executed by TensorFlow, as the published evaluator does: the arbiter of models/inception.py."""
+"""The original graph executed by TensorFlow, as the published evaluator does: the arbiter of inception.py."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.inception import POOL_DIM, SPATIAL_CHANNELS
+from utils.evaluation.inception import POOL_DIM, SPATIAL_CHANNELS
 
 
 class TensorFlowInception:

@@ -7,7 +7,7 @@ import signal
 from contextlib import ExitStack
 from pathlib import Path
 
-from utils.atomic import atomic_file
+from utils.files import atomic_file
 
 END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
 
