@@ -1,14 +1,14 @@
-"""SphereAR's models: the sphere, the S-VAE, the AR transformer and its diffusion head."""
+"""SphereAR's models: the sphere, the S-VAE, the AR transformer, its diffusion head, and generation."""
 
 from models.checkpoint import (
     build,
     checkpoint_state,
     config_from_dict,
     config_to_dict,
-    load_checkpoint,
+    from_checkpoint,
     load_state,
-    read_checkpoint,
 )
+from models.generation import Phases, SamplingSettings, decode, generate_tokens
 from models.sphere import HypersphericalUniform, PowerSpherical, project_to_sphere
 from models.spherear import PRESETS, SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig, stem_channels_for
@@ -17,17 +17,20 @@ __all__ = [
     "PRESETS",
     "SVAE",
     "HypersphericalUniform",
+    "Phases",
     "PowerSpherical",
     "SVAEConfig",
+    "SamplingSettings",
     "SphereAR",
     "SphereARConfig",
     "build",
     "checkpoint_state",
     "config_from_dict",
     "config_to_dict",
-    "load_checkpoint",
+    "decode",
+    "from_checkpoint",
+    "generate_tokens",
     "load_state",
     "project_to_sphere",
-    "read_checkpoint",
     "stem_channels_for",
 ]

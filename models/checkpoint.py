@@ -1,11 +1,9 @@
-"""Checkpoints as models: names, configs, and the published files, which carry no config.
+"""Checkpoints as models and back: names, configs, and the published files, which carry no config.
 
 A checkpoint is a dict with `model` (and perhaps `ema`): state dicts under the released names, `vae.*` for the S-VAE.
 """
 
-import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -101,37 +99,19 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
 
-def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """The dict in a checkpoint file, read without executing any code in it.
+def from_checkpoint(checkpoint: dict, ema: bool = True) -> SphereAR | SVAE:
+    """The model in a checkpoint, on the CPU, in eval mode; EMA weights if it has any and `ema` is set.
 
-    Raises ValueError naming the file when it is missing, unreadable, or holds anything but tensors and plain values.
+    Ours carry their config; published ones are recognised from their shapes. The model's weights are copies. Raises
+    ValueError for a checkpoint of another kind.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch raises many kinds for damaged or hostile files; none of them ran the file's code
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint (damaged, or not only weights): {reason}") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise ValueError(f"{path}: not a SphereAR checkpoint: no state dict under 'model'")
-    return checkpoint
-
-
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", ema: bool = True) -> SphereAR | SVAE:
-    """The model in a checkpoint, in eval mode, with its `config`; EMA weights if there are any and `ema` is set.
-
-    Our files carry their config; published ones are recognised from their shapes. Raises ValueError naming the file.
-    """
-    checkpoint = read_checkpoint(path)
     state = (checkpoint.get("ema") if ema else None) or checkpoint["model"]
-    state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+    state = {name.removeprefix("module.").removeprefix("_orig_mod."): value.clone() for name, value in state.items()}
+    config = config_from_dict(checkpoint["config"]) if "config" in checkpoint else infer_config(state)
+    with torch.device("meta"):
+        model = build(config)
     try:
-        config = config_from_dict(checkpoint["config"]) if "config" in checkpoint else infer_config(state)
-        with torch.device("meta"):
-            model = build(config)
         load_state(model, state, assign=True)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    except RuntimeError as error:
+        raise ValueError(error) from error
+    return model.eval().requires_grad_(False)

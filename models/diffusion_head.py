@@ -5,13 +5,15 @@ Parameter names of the released checkpoints.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.flow import guide, integrate, interpolate, step, time_grid
+from models.flow import guide, interpolate
+from models.samplers import Sampler
 
 TIME_FREQUENCIES = 256
 MODULATION_ROWS = 8192  # rows of adaLN parameters computed at a time while sampling
@@ -107,7 +109,6 @@ class DiffusionHead(nn.Module):
     def __init__(self, latent_dim: int, condition_width: int, width: int, num_blocks: int, adaln_sets: int):
         super().__init__()
         self.net = VelocityMLP(latent_dim, condition_width, width, num_blocks, adaln_sets)
-        self.step = step  # here, so that a script can put a compiled one in its place
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity at x (N, C), times t (N,), condition (N, D)."""
@@ -124,9 +125,8 @@ class DiffusionHead(nn.Module):
         embedding = self.net.time_embed(t) + self.net.cond_embed(condition)  # (M, B, P, W)
         return F.mse_loss(self.net(x_t, self.net.modulation(embedding)).float(), target - noise)
 
-    def embed_times(self, num_sampling_steps: int, last_step_size: float) -> Tensor:
-        """Embeddings (steps + 1, W) of the times at which `sample` evaluates the velocity: once per generation."""
-        times, _ = time_grid(num_sampling_steps, last_step_size)
+    def embed_times(self, times: list[float]) -> Tensor:
+        """Embeddings (K, W) of the K times at which `sample` evaluates the velocity: once per generation."""
         return self.net.time_embed(torch.tensor(times, device=self.net.input_proj.weight.device))
 
     def sample(
@@ -135,25 +135,28 @@ class DiffusionHead(nn.Module):
         noise: Tensor,
         time_embedding: Tensor,
         scale: float | Tensor | None = None,
-        last_step_size: float = 0.04,
-        sampler: str = "sde",
+        *,
+        times: list[float],
+        sampler: Sampler,
     ) -> Tensor:
-        """Unprojected tokens (N, C) from noise (steps + 1, N, C) and the `embed_times` of the same steps.
+        """Unprojected tokens (N, C) from noise (num_noise, N, C), by a sampler over `times` and their `embed_times`.
 
         condition: (N, D); with guidance (`scale` given) (2N, D), the null rows behind the class rows: both see the
-        same x.
+        same x. Nothing waits for the device: all of it can become one CUDA graph.
         """
         condition_embedding = self.net.cond_embed(condition)  # (N or 2N, W)
         chunk = max(1, MODULATION_ROWS // len(condition))
-        modulations: list[Modulation] = []
+
+        @lru_cache(maxsize=1)
+        def modulations(part: int) -> list[Modulation]:
+            """What does not depend on x, for a chunk of the times: one large product for many steps."""
+            embedding = time_embedding[part * chunk : (part + 1) * chunk, None] + condition_embedding
+            return list(zip(*self.net.modulation(embedding)))
 
         def unguided(x: Tensor, k: int) -> Tensor:
-            if k % chunk == 0:  # what does not depend on x: one large product for many steps
-                parts = self.net.modulation(time_embedding[k : k + chunk, None] + condition_embedding)
-                modulations[:] = zip(*parts)
-            return self.net(x, modulations[k % chunk])
+            return self.net(x, modulations(k // chunk)[k % chunk])
 
         def guided(x: Tensor, k: int) -> Tensor:
             return guide(*unguided(torch.cat([x, x]), k).chunk(2), scale)
 
-        return integrate(unguided if scale is None else guided, noise, last_step_size, sampler, self.step)
+        return sampler.walk(unguided if scale is None else guided, noise, times, sampler.update)

@@ -3,8 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-from models.sphere import HypersphericalUniform, PowerSpherical, kl_divergence
-
 
 def reconstruction_loss(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Mean absolute error per value, in float32."""
@@ -24,9 +22,3 @@ def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> 
 def adversarial_weight(step: int, *, weight: float, start: int) -> float:
     """Weight of both sides of the game at update `step` (from 0): 0 while step + 1 < start."""
     return weight if step + 1 >= start else 0.0
-
-
-def kl_loss(posterior: PowerSpherical) -> torch.Tensor:
-    """KL of the posterior from the uniform law on the sphere, in nats, mean over batch and tokens."""
-    uniform = HypersphericalUniform(posterior.dim, device=posterior.mu.device)
-    return kl_divergence(posterior, uniform).mean()

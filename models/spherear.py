@@ -5,7 +5,6 @@ Letters: B batch · P tokens (raster order) · C latent channels · D width · L
 Parameter names of the released checkpoints.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,12 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.diffusion_head import DiffusionHead
-from models.flow import guidance_at
 from models.layers import Block, KVCache, init_transformer, rope_2d
-from models.sphere import project_to_sphere
 from models.svae import SVAE, SVAEConfig
-
-Noise = Callable[[int, int], Tensor]  # (token, rows) -> (num_sampling_steps + 1, rows, C)
 
 
 @dataclass(frozen=True)
@@ -162,53 +157,3 @@ class SphereAR(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, cache=cache.layer(i), position=index)
         return self.norm(x[:, 0]) + embedding
-
-    @torch.no_grad()
-    def generate_tokens(
-        self,
-        labels: Tensor,
-        *,
-        cfg_scale: float = 1.0,
-        cfg_schedule: str = "linear",
-        num_sampling_steps: int = 100,
-        last_step_size: float = 0.04,
-        sampler: str = "sde",
-        noise: Noise | None = None,
-    ) -> Tensor:
-        """Tokens (B, P, C) on the sphere for classes labels (B,).
-
-        noise(token, rows) -> (num_sampling_steps + 1, rows, C): the start, then one per step; None draws from torch.
-        rows is B, except at an unguided token of a guided generation: there the null rows (behind) draw their own.
-        Raises ValueError for a cfg_scale below 1.
-        """
-        if cfg_scale < 1:
-            raise ValueError(f"cfg_scale {cfg_scale} must be at least 1 (1 = no guidance)")
-        config, batch = self.config, len(labels)
-        guided = cfg_scale > 1
-        rows = torch.cat([labels, torch.full_like(labels, config.null_class)]) if guided else labels
-        if noise is None:
-            shape = (num_sampling_steps + 1, -1, config.latent_dim)
-            noise = lambda _, n: torch.randn(shape[0], n, shape[2], device=labels.device)  # noqa: E731
-
-        dtype = torch.get_autocast_dtype(labels.device.type) if torch.is_autocast_enabled(labels.device.type) else None
-        cache = self.new_cache(len(rows), dtype or self.proj_in.weight.dtype, labels.device)
-        time_embedding = self.head.embed_times(num_sampling_steps, last_step_size)
-        tokens = []
-        condition = self.prefill(rows, cache)
-        for position in range(config.num_tokens):
-            scale = guidance_at(position, config.num_tokens, cfg_scale, cfg_schedule)
-            # As in the released code: where the scale is exactly 1 (token 0), the null rows draw a token of their own.
-            draws = noise(position, batch if scale > 1 else len(rows))
-            guidance = scale if scale > 1 else None
-            token = self.head.sample(condition, draws, time_embedding, guidance, last_step_size, sampler)
-            token = project_to_sphere(token, config.radius)
-            tokens.append(token[:batch])
-            if position + 1 < config.num_tokens:
-                token = torch.cat([token, token]) if len(token) < len(rows) else token
-                condition = self.decode_step(token, position, cache)
-        return torch.stack(tokens, dim=1)
-
-    @torch.no_grad()
-    def generate(self, labels: Tensor, **settings) -> Tensor:
-        """Images (B, 3, S, S), not clamped, for classes labels (B,); settings as for `generate_tokens`."""
-        return self.vae.decode(self.generate_tokens(labels, **settings))

@@ -1,4 +1,4 @@
-"""S-VAE: image -> unit directions with a concentration (encoder), tokens of norm √C -> image (decoder).
+"""S-VAE: image -> posterior over tokens of norm √C (encoder), tokens -> image (decoder).
 
 Letters: B batch · S image side · g = S / patch · P = g² tokens (raster order) · D width · C latent channels.
 Images are float in [-1, 1], (B, 3, S, S). SphereAR, arXiv 2509.24335, section 3.2; parameter names of the released
@@ -10,12 +10,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.layers import Block, init_transformer, rope_2d
-from models.sphere import PowerSpherical, project_to_sphere
+from models.posteriors import POSTERIORS, Draws, Posterior
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,11 @@ class SVAEConfig:
     decoder_layers: int = 12
     num_registers: int = 4
     stem_channels: tuple[int, ...] = (64, 64, 128, 256, 512)  # conv_in's, then one per halving; mirrored in the decoder
+    posterior: str = "power-spherical"
 
     def __post_init__(self):
+        if self.posterior not in POSTERIORS:
+            raise ValueError(f"posterior {self.posterior!r} is not one of {', '.join(POSTERIORS)}")
         if self.patch_size != 2 ** (len(self.stem_channels) - 1):
             raise ValueError(
                 f"patch_size {self.patch_size} needs {self.stem_channels} to have log2(patch_size) + 1 entries"
@@ -173,7 +175,7 @@ class Decoder(TokenTransformer):
 
 
 class SVAE(nn.Module):
-    """The hyperspherical VAE. Tokens are config.radius times a sample of the posterior."""
+    """The hyperspherical VAE. Its tokens are samples of the posterior, of norm config.radius."""
 
     def __init__(self, config: SVAEConfig):
         super().__init__()
@@ -183,17 +185,16 @@ class SVAE(nn.Module):
         self.encoder.apply(init_transformer)
         self.decoder.apply(init_transformer)
         self.encoder.output.reset_parameters()
-        self.quant_proj = nn.Linear(config.width, config.latent_dim + 1)
+        self.posterior = POSTERIORS[config.posterior]
+        self.quant_proj = nn.Linear(config.width, self.posterior.num_outputs(config.latent_dim))
         self.post_quant_proj = nn.Linear(config.latent_dim, config.width, bias=False)
 
-    def encode(self, images: Tensor) -> PowerSpherical:
-        """Posterior over the directions of the tokens: mu (B, P, C), kappa (B, P) >= 1, float32."""
+    def encode(self, images: Tensor) -> Posterior:
+        """Posterior over the tokens (B, P, C) of images."""
         side = self.config.image_size
         if images.shape[1:] != (3, side, side):
             raise ValueError(f"images {tuple(images.shape)} must be (B, 3, {side}, {side}): the S-VAE's image_size")
-        raw = self.quant_proj(self.encoder(images)).float()  # (B, P, C + 1)
-        mu = project_to_sphere(raw[..., :-1], 1.0)
-        return PowerSpherical(mu, F.softplus(raw[..., -1]) + 1, validate_args=False)
+        return self.posterior(self.quant_proj(self.encoder(images)))
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, S, S), not clamped, of tokens (B, P, C) of norm config.radius."""
@@ -202,10 +203,8 @@ class SVAE(nn.Module):
             raise ValueError(f"tokens {tuple(tokens.shape)} must be (B, {expected[0]}, {expected[1]})")
         return self.decoder(self.post_quant_proj(tokens))
 
-    def forward(
-        self, images: Tensor, normals: Tensor | None = None, uniforms: Tensor | None = None
-    ) -> tuple[Tensor, PowerSpherical]:
-        """Reconstruction and posterior of images; draws as for `PowerSpherical.rsample_from`, or torch's own."""
+    def forward(self, images: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
+        """Reconstruction, and the posterior's KL in nats, mean over batch and tokens. Without `draws`, torch's own."""
         posterior = self.encode(images)
-        direction = posterior.rsample() if normals is None else posterior.rsample_from(normals, uniforms)
-        return self.decode(self.config.radius * direction), posterior
+        tokens = posterior.sample() if draws is None else posterior.sample_from(draws)
+        return self.decode(tokens), posterior.kl().mean()

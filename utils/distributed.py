@@ -1,11 +1,16 @@
-"""Processes: start, rank, reductions. Every function is a no-op on one process."""
+"""Processes: start, rank, reductions, and how they agree. Every function is a no-op on one process."""
 
 import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+TOLD = ValueError, OSError, FloatingPointError  # errors that processes tell each other; the first that fits is raised
 
 
 def init(timeout_minutes: int = 30, *, cpu: bool = False) -> torch.device:
@@ -39,7 +44,8 @@ def cleanup() -> None:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number in the job; known from the environment before the job is joined."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
@@ -70,11 +76,6 @@ def reduce_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def reduce_mean(value: torch.Tensor) -> torch.Tensor:
-    """Mean of `value` over processes, as a new tensor on every one of them."""
-    return reduce_sum(value) / world_size()
-
-
 def gather_objects(value: object) -> list:
     """`value` of every process, by rank, on every process. Only for small objects of our own."""
     if not dist.is_initialized():
@@ -84,13 +85,41 @@ def gather_objects(value: object) -> list:
     return values
 
 
+def from_main(function: Callable[[], T]) -> T:
+    """`function()` of rank 0, as result or as error, on every process. Only for small results.
+
+    An error that comes out of here is the same everywhere (`is_shared`).
+    """
+    result = None
+    with all_or_none():
+        if is_main():
+            result = function()
+    return gather_objects(result)[0]
+
+
 @contextmanager
-def main_first():
-    """Run the block on rank 0 while the others wait, then on the others (who find its result ready)."""
-    if not is_main():
-        barrier()
+def all_or_none() -> Iterator[None]:
+    """An error of any process inside the block is raised on all of them: none is left waiting for the others.
+
+    The block itself must not communicate. The error with the lowest rank counts; on the others it comes as one of
+    TOLD with the same text. An error that comes out of here is the same everywhere (`is_shared`).
+    """
+    mine = None
     try:
         yield
-    finally:
-        if is_main():
-            barrier()
+    except Exception as error:
+        if not isinstance(error, TOLD):
+            raise  # a fault of the program, not of its input: torchrun ends the others
+        mine = error
+    told = None if mine is None else (next(i for i, kind in enumerate(TOLD) if isinstance(mine, kind)), str(mine))
+    first = next(filter(None, gather_objects(told)), None)
+    if first is None:
+        return
+    error = mine if told == first else TOLD[first[0]](first[1])
+    error.is_shared = True
+    raise error
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether every process of the job has raised this same error."""
+    return getattr(error, "is_shared", False)

@@ -1,6 +1,8 @@
-"""Files that are complete and on the disk, or not there."""
+"""Files that are complete and on the disk, or not there; JSON, checksums, and the folder for what can be made again."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import threading
@@ -8,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+BLOCK_BYTES = 1 << 22
 
 
 @contextmanager
@@ -41,3 +45,33 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """The object that write_json wrote. ValueError names a file that holds something else, and the remedy."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged, no JSON object: {remedy}")
+    return values
+
+
+def write_json(path: Path, values: dict) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(values, indent=2).encode() + b"\n")
+
+
+def sha256(path: str | Path) -> str:
+    """Checksum of a whole file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where tar indices and downloaded weights are kept: $SPHEREAR_CACHE, or ~/.cache/spherear."""
+    return Path(os.environ.get("SPHEREAR_CACHE") or "~/.cache/spherear").expanduser()

@@ -1,13 +1,30 @@
-"""A picture of pictures: one row per class, its name in front."""
+"""Images: bytes and floats, PNG files, and the contact sheet: one row per class, its name in front."""
 
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import atomic_file
 
 MAX_ROWS, GAP = 10, 2
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 in 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """(B, 3, S, S) in [-1, 1] -> uint8 (B, S, S, 3), in float32 (bf16 would be biased by 0.4 grey levels)."""
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """An image (uint8, H W 3) as a file, atomically."""
+    with atomic_file(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
 
 
 def class_names(num_classes: int) -> list[str]:

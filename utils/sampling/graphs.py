@@ -1,7 +1,6 @@
 """Generation with static shapes: compiled pieces, and on CUDA one graph per phase instead of thousands of launches.
 
-Works on any model with `layers`, `head` (`net`, `step`, `sample`), `new_cache` and `decode_step` as in models.spherear;
-`generate_tokens` then runs unchanged, and no token waits for the device.
+Nothing is put into the model: what comes out here is handed to `generate_tokens` instead of the model's own phases.
 """
 
 from collections.abc import Callable
@@ -46,46 +45,49 @@ class Graphed:
             self.output = self.function(*self.inputs)
 
 
-def make_static(model: nn.Module, compile: bool = True) -> None:
-    """Let the model generate with static shapes, on the instance: results are the same to rounding.
+def compile_pieces(model: nn.Module, sampler):
+    """torch.compile the blocks and the velocity network in place; the sampler, with a compiled update.
 
-    Every batch must have the same number of rows, or it is compiled and captured again. With `compile` the blocks, the
-    velocity network and the sampler's update go through torch.compile: one block serves all layers.
+    One compiled block serves all layers. Works on any model with `layers` and `head.net` as in models.spherear.
+    """
+    for module in (*model.layers, model.head.net):
+        module.compile(dynamic=False)
+    return sampler._replace(update=torch.compile(sampler.update, dynamic=False))
+
+
+def static_phases(phases, num_class_tokens: int):
+    """Phases of models.generation with static shapes: the same results to rounding, and no token waits for the device.
+
+    Every batch must have the same number of rows, or it is compiled and captured again.
     """
     pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-    if compile:
-        for module in (*model.layers, model.head.net):
-            module.compile(dynamic=False)
-        model.head.step = torch.compile(model.head.step, dynamic=False)
-    decode_step, sample = model.decode_step, model.head.sample
-    model.new_cache = cache(model.new_cache)  # one for all batches: graphs know its address
 
     @cache
     def decode_graph(kv_cache, length: int) -> Graphed:
         part = kv_cache.first(length)
-        return Graphed(lambda tokens, position: decode_step(tokens, position, part), pool)
+        return Graphed(lambda tokens, position: phases.decode_step(tokens, position, part), pool)
 
     @cache
-    def sample_graph(rows: int, guided: bool, last_step_size: float, sampler: str) -> Graphed:
+    def sample_graph(rows: int, guided: bool) -> Graphed:
         def sample_token(condition, noise, time_embedding, *scale):
-            return sample(condition, noise, time_embedding, scale[0] if guided else None, last_step_size, sampler)
+            return phases.sample_token(condition, noise, time_embedding, scale[0] if guided else None)
 
         return Graphed(sample_token, pool)
 
-    def static_decode_step(tokens: Tensor, position: int, kv_cache) -> Tensor:
+    def decode_step(tokens: Tensor, position: int, kv_cache) -> Tensor:
         whole = kv_cache.keys.shape[2]
-        needed = position + model.config.num_class_tokens + 1
+        needed = position + num_class_tokens + 1
         bucket = -(-needed * BUCKETS // whole)  # 1 to BUCKETS
         length = -(-whole * bucket // BUCKETS // 8) * 8
         where = torch.full((), position, device=tokens.device)
         return decode_graph(kv_cache, length)(tokens, where)
 
-    def static_sample(condition, noise, time_embedding, scale, last_step_size, sampler) -> Tensor:
-        graph = sample_graph(len(condition), scale is not None, last_step_size, sampler)
+    def sample_token(condition, noise, time_embedding, scale) -> Tensor:
         scales = () if scale is None else (torch.full((), scale, device=noise.device),)
-        return graph(condition, noise, time_embedding, *scales)
+        return sample_graph(len(condition), scale is not None)(condition, noise, time_embedding, *scales)
 
-    model.decode_step, model.head.sample = static_decode_step, static_sample
+    # one cache for all batches: graphs know its address
+    return type(phases)(cache(phases.new_cache), phases.prefill, sample_token, decode_step)
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,0 +1,120 @@
+"""Generation: condition -> head with guidance -> projection -> next condition, token by token. SphereAR, section 3.3.
+
+Letters: B images · P tokens · C latent channels · D width · N rows (2B with guidance: the null-class rows behind).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from models.flow import CFG_SCHEDULES, guidance_at
+from models.layers import KVCache
+from models.samplers import SAMPLERS, Sampler
+from models.sphere import project_to_sphere
+from models.spherear import SphereAR
+
+Noise = Callable[[int, int], Tensor]  # (token, rows) -> (num_noise, rows, C)
+DECODE_PIXELS = {"cuda": 2**22, "cpu": 2**19}  # images decoded at a time: 64 and 8 of 256 x 256
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn. The defaults are the published ones (for SphereAR-L cfg_scale 4.6); 1 is no guidance."""
+
+    cfg_scale: float = 4.5
+    cfg_schedule: str = "linear"
+    sampler: str = "sde"
+    num_sampling_steps: int = 100
+    last_step_size: float = 0.04
+
+    def __post_init__(self):
+        if not 1 <= self.cfg_scale < float("inf"):
+            raise ValueError(f"cfg_scale {self.cfg_scale} must be at least 1 (1 = no guidance), and finite")
+        for name, names in (("cfg_schedule", CFG_SCHEDULES), ("sampler", tuple(SAMPLERS))):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(names)}")
+        if self.num_sampling_steps < 1:
+            raise ValueError(f"num_sampling_steps {self.num_sampling_steps} must be at least 1")
+        if not 0 <= self.last_step_size < 1:
+            raise ValueError(f"last_step_size {self.last_step_size} must lie in [0, 1)")
+
+    @property
+    def times(self) -> list[float]:
+        """The times at which the head is evaluated for each token."""
+        return SAMPLERS[self.sampler].times(self.num_sampling_steps, self.last_step_size)
+
+    @property
+    def num_noise(self) -> int:
+        """Noise tensors per token: the start, and what the sampler's steps add."""
+        return SAMPLERS[self.sampler].num_noise(self.num_sampling_steps)
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The steps of a generation as functions, so that a script may hand in compiled or graphed ones."""
+
+    new_cache: Callable[[int, torch.dtype, torch.device], KVCache]  # rows -> an empty cache
+    prefill: Callable[[Tensor, KVCache], Tensor]  # labels (N,) -> condition (N, D) of token 0
+    sample_token: Callable[..., Tensor]  # (condition, noise, time_embedding, scale or None) -> raw tokens (·, C)
+    decode_step: Callable[[Tensor, int, KVCache], Tensor]  # tokens (N, C), position -> condition of the next token
+
+    @classmethod
+    def of(cls, model: SphereAR, settings: SamplingSettings, sampler: Sampler | None = None) -> "Phases":
+        """The model's own. `sampler` replaces the settings' by an equal one, such as one with a compiled update."""
+        sampler = sampler or SAMPLERS[settings.sampler]
+        sample_token = partial(model.head.sample, times=settings.times, sampler=sampler)
+        return cls(model.new_cache, model.prefill, sample_token, model.decode_step)
+
+
+def watch_nothing(position: int, raw: Tensor, token: Tensor) -> None:
+    pass
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: SphereAR,
+    labels: Tensor,
+    settings: SamplingSettings,
+    noise: Noise,
+    phases: Phases | None = None,
+    observe: Callable[[int, Tensor, Tensor], None] = watch_nothing,
+) -> Tensor:
+    """Tokens (B, P, C) on the sphere for classes labels (B,).
+
+    noise(token, rows): rows is B, except at an unguided token of a guided generation: there the null rows (behind)
+    draw their own. observe(position, raw, token) sees every token before and after its projection.
+    """
+    config, batch = model.config, len(labels)
+    phases = phases or Phases.of(model, settings)
+    guided = settings.cfg_scale > 1
+    rows = torch.cat([labels, torch.full_like(labels, config.null_class)]) if guided else labels
+    kind = labels.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.proj_in.weight.dtype
+    cache = phases.new_cache(len(rows), dtype, labels.device)
+    time_embedding = model.head.embed_times(settings.times)
+
+    tokens = []
+    condition = phases.prefill(rows, cache)
+    for position in range(config.num_tokens):
+        scale = guidance_at(position, config.num_tokens, settings.cfg_scale, settings.cfg_schedule)
+        # As in the released code: where the scale is exactly 1 (token 0), the null rows draw a token of their own.
+        draws = noise(position, batch if scale > 1 else len(rows))
+        raw = phases.sample_token(condition, draws, time_embedding, scale if scale > 1 else None)
+        token = project_to_sphere(raw, config.radius)  # the paper's claim
+        observe(position, raw, token)
+        tokens.append(token[:batch])
+        if position + 1 < config.num_tokens:
+            token = torch.cat([token, token]) if len(token) < len(rows) else token
+            condition = phases.decode_step(token, position, cache)
+    return torch.stack(tokens, dim=1)
+
+
+@torch.no_grad()
+def decode(model: SphereAR, tokens: Tensor) -> Iterator[Tensor]:
+    """Images (b, 3, S, S), not clamped, of tokens (B, P, C), a few at a time: memory does not grow with the batch."""
+    at_once = max(1, DECODE_PIXELS[tokens.device.type] // model.config.svae.image_size**2)
+    for part in tokens.split(at_once):
+        yield model.vae.decode(part)

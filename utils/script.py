@@ -1,0 +1,157 @@
+"""What the scripts share: how flags are checked, how precision is chosen, and the one way to end."""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+
+from utils import distributed
+
+END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
+DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Exit codes of every script
+DONE, FAILED, BAD_INPUT, BY_SIGNAL = 0, 1, 2, 128  # plus the signal's number
+
+
+# ---- flags: their ranges stand beside them -----------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are ValueErrors, so that they end like all others; on rank 0 it helps."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message.removeprefix("argument "))
+
+    def print_help(self, file=None) -> None:
+        if distributed.is_main():
+            super().print_help(file)
+
+
+def number(kind: type, allowed: Callable[[float], bool], text: str) -> Callable[[str], float]:
+    """A flag's `type`: a finite int or float that is `allowed`; `text` says which are."""
+
+    def parse(word: str):
+        try:
+            value = kind(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{word} is no {'whole ' if kind is int else ''}number") from None
+        if not math.isfinite(value) or not allowed(value):
+            raise argparse.ArgumentTypeError(f"{word} must {text}")
+        return value
+
+    return parse
+
+
+def at_least(least: float) -> Callable[[str], float]:
+    """A number from `least` on, of its type."""
+    return number(type(least), lambda value: value >= least, f"be at least {least}")
+
+
+def above(bound: float) -> Callable[[str], float]:
+    return number(float, lambda value: value > bound, f"be above {bound:g}")
+
+
+def within(low: float, high: float, *, open_end: bool = False) -> Callable[[str], float]:
+    """A number in [low, high], of low's type; with `open_end` in [low, high)."""
+    if open_end:
+        return number(type(low), lambda value: low <= value < high, f"lie in [{low}, {high})")
+    return number(type(low), lambda value: low <= value <= high, f"lie in [{low}, {high}]")
+
+
+SEED = number(int, lambda value: 0 <= value < 2**64, "lie in 0 to 2^64 - 1")
+
+
+# ---- precision ---------------------------------------------------------------------------------------------------
+
+
+def choose_precision(asked: str | None, device: torch.device) -> str:
+    """The value of --mixed-precision: as asked, or bf16 on a GPU and none on a CPU. ValueError for fp16 on a CPU."""
+    if asked == "fp16" and device.type != "cuda":
+        raise ValueError("--mixed-precision fp16: needs a GPU; take none or bf16")
+    return asked or ("bf16" if device.type == "cuda" else "none")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "none")
+
+
+def allow_tf32(*, products: bool, convolutions: bool) -> None:
+    """TF32 in float32 matrix products and convolutions on a GPU."""
+    torch.backends.cuda.matmul.allow_tf32 = products
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+# ---- the end -----------------------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT. No Exception, so that nothing on the way takes it for an error and carries on."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+
+
+def raise_on_signals() -> None:
+    """From now on SIGTERM and SIGINT raise Stopped, once; a process that hangs over its end is ended by SIGALRM."""
+
+    def stop(signum, _frame):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        signal.alarm(END_WITHIN_SECONDS)
+        raise Stopped(signum)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def run(
+    name: str,
+    parse: Callable[[list[str] | None], argparse.Namespace],
+    body: Callable[[argparse.Namespace], int],
+    argv: list[str] | None,
+    *,
+    when_stopped: str,
+    out_of_memory: str,
+) -> int:
+    """`body(parse(argv))`, with the exit code of however it ends; an error is one line, said once.
+
+    when_stopped: what to tell somebody whose signal ended it; out_of_memory: the remedy for that.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    raise_on_signals()
+    try:
+        try:
+            args = parse(argv)
+        except ValueError as error:
+            error.is_shared = True  # every process was given the same command line
+            raise
+        return body(args)
+    except (ValueError, OSError) as error:
+        _say(name, error)
+        return BAD_INPUT
+    except FloatingPointError as error:
+        _say(name, error)
+        return FAILED
+    except torch.OutOfMemoryError as error:
+        _say(name, f"{str(error).splitlines()[0]} {out_of_memory}")
+        return FAILED
+    except Stopped as stopped:
+        distributed.print0(f"\n{name}: stopped; {when_stopped}", file=sys.stderr)
+        return BY_SIGNAL + stopped.signum
+    finally:
+        signal.alarm(0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        distributed.cleanup()
+
+
+def _say(name: str, error: Exception | str) -> None:
+    """One error line: from rank 0 alone where every process has the same error, else from whoever has it."""
+    if distributed.is_main() or not distributed.is_shared(error):
+        where = f" (process {distributed.rank()})" if "RANK" in os.environ and not distributed.is_shared(error) else ""
+        print(f"{name}: error{where}: {error}", file=sys.stderr, flush=True)
