@@ -136,7 +136,7 @@ class TokenTransformer(nn.Module):
 
     def transform(self, x: Tensor) -> Tensor:
         registers = self.register_token.weight.expand(x.shape[0], -1, -1)
-        x = torch.cat([registers.to(x.dtype), x], dim=1)  # (B, registers + P, D)
+        x = torch.cat([registers, x], dim=1)  # (B, registers + P, D), float32 under autocast
         for layer in self.layers:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(layer, x, self.freqs_cis, use_reentrant=False)
