@@ -1,4 +1,4 @@
-"""Samplers of the diffusion head: how noise becomes a token. t goes from 0 (noise) to 1 (data); velocity = data − noise.
+"""Samplers of the diffusion head: how noise becomes a token. t: 0 noise → 1 data; velocity = data − noise.
 
 A sampler is one row of SAMPLERS: the times at which it asks for the velocity, how much noise it needs, the arithmetic
 of one step (without the network, so that a script may compile it), and the walk that takes these steps.
