@@ -10,7 +10,7 @@ from collections import Counter
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset.decode import BadImage, decode_exact
+from dataset.decode import BadImage, decode
 from dataset.imagenet import ImageDataset, open_source
 from dataset.loader import read_batches
 
@@ -26,10 +26,10 @@ class _Facts(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, int, str]:
         try:
-            image = decode_exact(self.source.read(index), self.source.file_name(index))
+            _, height, width = decode(self.source.read(index), self.source.file_name(index)).shape
         except BadImage as error:
             return 0, 0, str(error)
-        return *image.size, ""
+        return width, height, ""
 
 
 def check(data_path: str, num_classes: int | None = None, num_workers: int = 0) -> int:

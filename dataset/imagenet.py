@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
-from dataset.decode import BadImage, decode_exact, decode_fast
+from dataset.decode import BadImage, as_pillow, decode
 from dataset.draws import crop_draws, replacement
 from dataset.tar_index import IMAGE_SUFFIXES, load_index, member_name
 from dataset.transforms import Window, center_window, crop_exact, crop_fast, random_window
@@ -143,7 +142,7 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 class ImageDataset(Dataset):
-    """uint8 images of S x S and labels; `fast` chooses the decoder and resizer of training images."""
+    """uint8 images of S x S and labels; `fast` chooses the resizer of training images."""
 
     def __init__(
         self, source: TarSource | FolderSource, image_size: int, seed: int, fast: bool = True, flip: bool = True
@@ -189,23 +188,25 @@ class ImageDataset(Dataset):
         draws = crop_draws(self.seed, key.epoch, key.index)
         data = self.source.read(chosen)
         name = "" if data[:2] == b"\xff\xd8" else self.source.file_name(chosen)
-        image = decode_fast(data, name) if self.fast else decode_exact(data, name)
-        width, height = image.shape[:0:-1] if self.fast else image.size
+        image = decode(data, name)
+        height, width = image.shape[1:]
         if draws.choice < key.crop_probability:
             window = random_window(draws, self.image_size, width, height)
         else:
             window = center_window(self.image_size, width, height)
-        pixels = crop_fast(image, self.image_size, window) if self.fast else _to_tensor(image, self.image_size, window)
+        pixels = crop_fast(image, self.image_size, window) if self.fast else _exact(image, self.image_size, window)
         pixels = pixels.flip(-1) if self.flip and draws.flip else pixels
         return pixels.expand(3, -1, -1).contiguous()
 
     def _centre_view(self, chosen: int) -> torch.Tensor:
-        image = decode_exact(self.source.read(chosen), self.source.file_name(chosen))
-        return _to_tensor(image, self.image_size, center_window(self.image_size, *image.size)).contiguous()
+        image = decode(self.source.read(chosen), self.source.file_name(chosen))
+        height, width = image.shape[1:]
+        return _exact(image, self.image_size, center_window(self.image_size, width, height)).contiguous()
 
 
-def _to_tensor(image: Image.Image, size: int, window: Window) -> torch.Tensor:
-    return torch.from_numpy(np.array(crop_exact(image, size, window))).permute(2, 0, 1)
+def _exact(image: torch.Tensor, size: int, window: Window) -> torch.Tensor:
+    """ADM's pixels of a window, uint8 (3, S, S)."""
+    return torch.from_numpy(np.array(crop_exact(as_pillow(image), size, window))).permute(2, 0, 1)
 
 
 def build_dataset(
@@ -213,7 +214,7 @@ def build_dataset(
 ) -> ImageDataset:
     """The data set at `data_path`, a tar of class tars or a folder of class folders; labels are sorted-name ranks.
 
-    `fast` decodes and resizes training images by libjpeg-turbo and torch (else pixel-equal to ADM's chain).
+    `fast` resizes training images by torch (else pixel-equal to ADM's chain).
     Raises ValueError, naming the flag, when the data are missing, of another form or of another number of classes.
     """
     return ImageDataset(open_source(data_path, num_classes), image_size, seed, fast, flip)
