@@ -12,6 +12,7 @@ from models.pretrained import (
 from models.sphere import HypersphericalUniform, PowerSpherical, project_to_sphere
 from models.spherear import PRESETS, SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig, stem_channels_for
+from models.von_mises_fisher import VonMisesFisher
 
 __all__ = [
     "PRESETS",
@@ -21,6 +22,7 @@ __all__ = [
     "SVAEConfig",
     "SphereAR",
     "SphereARConfig",
+    "VonMisesFisher",
     "build",
     "checkpoint_state",
     "config_from_dict",
