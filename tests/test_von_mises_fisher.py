@@ -156,6 +156,16 @@ def test_angle_slope_is_the_derivative_of_the_quantile(dim, kappa):
     np.testing.assert_allclose(slope, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dim", [2, 3, 16, 128])
+def test_angle_slope_at_both_ends(dim):
+    """Near 0 it is −angle·(1 − A)/(C−1) and near π the mirror image: an integral over the other tail loses all digits."""
+    kappa, angle = torch.full((3,), 5.0, dtype=torch.float64), f64(1e-12, 1e-8, 1e-5)
+    _, mean_cosine, _ = _log_bessel(kappa, dim)
+    near_0, near_pi = _angle_slope(angle, kappa, dim), _angle_slope(math.pi - angle[1:], kappa[1:], dim)
+    torch.testing.assert_close(near_0, -angle * (1 - mean_cosine) / (dim - 1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(near_pi, -angle[1:] * (1 + mean_cosine[1:]) / (dim - 1), rtol=1e-6, atol=0)
+
+
 def cosine_slopes(kind, dim, kappa, count=40_000, how="rsample_from"):
     """d(mu·x)/dkappa of each sample."""
     k = torch.full((count,), kappa, dtype=torch.float64, requires_grad=True)
@@ -266,6 +276,7 @@ def test_gradients_of_expectations(dim, kappa):
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("dim", [2, 16])
 def test_at_the_poles(dim, sign):
+    torch.manual_seed(0)
     mu = axis(dim, sign).float().requires_grad_()
     kappa = torch.tensor(1e5, requires_grad=True)
     x = VonMisesFisher(mu, kappa).rsample((4000,))
