@@ -158,7 +158,7 @@ def test_angle_slope_is_the_derivative_of_the_quantile(dim, kappa):
 
 @pytest.mark.parametrize("dim", [2, 3, 16, 128])
 def test_angle_slope_at_both_ends(dim):
-    """Near 0 it is −angle·(1 − A)/(C−1) and near π the mirror image: an integral over the other tail loses all digits."""
+    """Near 0 it is −angle·(1 − A)/(C−1) and near π the mirror image: over the other tail no digit would be left."""
     kappa, angle = torch.full((3,), 5.0, dtype=torch.float64), f64(1e-12, 1e-8, 1e-5)
     _, mean_cosine, _ = _log_bessel(kappa, dim)
     near_0, near_pi = _angle_slope(angle, kappa, dim), _angle_slope(math.pi - angle[1:], kappa[1:], dim)
