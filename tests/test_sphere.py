@@ -168,7 +168,7 @@ def test_bad_parameters_are_refused():
 def test_kl_is_the_integral_over_the_cosine():
     """Closed form on S^7 by integration of the density along mu."""
     kappa = torch.rand(()) * 30 + 1
-    law = PowerSpherical(F.normalize(torch.randn(8), dim=-1), kappa)
+    law = PowerSpherical(torch.nn.functional.normalize(torch.randn(8), dim=-1), kappa)
     cosine = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
     density = (1 + cosine) ** kappa.double() * (1 - cosine**2) ** 2.5
     density = density / torch.trapezoid(density, cosine)
