@@ -60,9 +60,7 @@ class SVAEConfig:
             raise ValueError(f"projection {self.projection!r} is not one of {', '.join(PROJECTIONS)}")
         if POSTERIORS[self.posterior].on_sphere and self.projection != "all":
             raise ValueError(f"projection {self.projection}: latents of {self.posterior} are on the sphere; take all")
-        if (self.posterior == "fixed-sigma") != (self.sigma is not None) or (
-            self.sigma is not None and self.sigma <= 0
-        ):
+        if not ((self.sigma or 0) > 0 if self.posterior == "fixed-sigma" else self.sigma is None):
             raise ValueError(f"sigma {self.sigma}: a fixed-sigma posterior needs one above 0, and no other takes one")
         if not self.latent_scale > 0:
             raise ValueError(f"latent_scale {self.latent_scale} must be above 0")
@@ -206,7 +204,7 @@ class Decoder(TokenTransformer):
 
 
 class SVAE(nn.Module):
-    """The hyperspherical VAE: tokens are samples of its posterior, of norm config.radius (but see config.projection)."""
+    """The hyperspherical VAE: tokens are samples of its posterior, of norm config.radius (see config.projection)."""
 
     def __init__(self, config: SVAEConfig):
         super().__init__()
