@@ -170,7 +170,8 @@ def follow(stage_class, tag, patch):
         said.update({f"{name}/{step}": value.item() for name, value in losses.items()})
         if step in (0, STEPS - 1):
             for name, weight in trainable(self).items():
-                gradients[f"grad/{name}/{step}"] = weight.grad.clone()
+                made = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+                gradients[f"grad/{name}/{step}"] = made.detach()
         return losses
 
     def watched_update(self):
