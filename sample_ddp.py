@@ -31,7 +31,7 @@ from models.samplers import SAMPLERS
 from utils import checkpoint_file, distributed, script
 from utils.evaluation.npz_reader import NpzReader
 from utils.files import read_json, sha256, write_json
-from utils.images import layout, to_uint8, write_contact_sheet, write_png
+from utils.images import layout, png_path, to_uint8, write_contact_sheet, write_missing_pngs, write_png
 from utils.noise import normals
 from utils.provenance import provenance
 from utils.sampling.draws import compiled_normals, image_noise, make_labels
@@ -118,6 +118,11 @@ def images_per_batch(args: argparse.Namespace, missing: list[Range]) -> int:
     return min(args.per_proc_batch_size, -(-sum(stop - start for start, stop in missing) // distributed.world_size()))
 
 
+def rows_per_batch(args: argparse.Namespace, missing: list[Range]) -> int:
+    """Of the linear layers' inputs: with guidance each image has a null-class row."""
+    return images_per_batch(args, missing) * (2 if args.cfg_scale > 1 else 1)
+
+
 def plan(
     args: argparse.Namespace, config: SphereARConfig, trunk: nn.Module, stack: ExitStack
 ) -> tuple[dict, list[Range], dict[str, str]]:
@@ -132,7 +137,7 @@ def plan(
     missing = missing_ranges(list(shards), args.num_fid_samples)
     if not missing or args.compile is not None or not is_large(trunk):
         return settings, missing, {}
-    rows = images_per_batch(args, missing) * (2 if args.cfg_scale > 1 else 1)
+    rows = rows_per_batch(args, missing)
     ways = stored.get("linear_ways", {})  # by rows: a continued run keeps to them, for the same bits
     if str(rows) not in ways:
         ways[str(rows)] = choose_ways(trunk, rows)
@@ -201,42 +206,37 @@ def sample_batches(args: argparse.Namespace, model: SphereAR, labels: np.ndarray
                 throttle()
 
             images = sample((start, stop), observe)
-            if args.save_images:
-                save_images(Path(args.save_images), start, images)
+            for index, image in enumerate(images if args.save_images else ()):
+                write_png(png_path(args.save_images, start + index), image)
             write_shard(Path(args.sample_dir) / "shards", start, images)
 
 
 # ---- shards -> results -------------------------------------------------------------------------------------------
 
 
-def save_images(folder: Path, start: int, images: np.ndarray) -> None:
-    for index, image in enumerate(images, start):
-        write_png(folder / f"{index:06d}.png", image)
-
-
-def save_missing_images(folder: Path, total: int, read: Callable[[int], np.ndarray]) -> None:
-    """`read(index)` gives an image as uint8 (1, S, S, 3)."""
-    for index in range(total):
-        if not (folder / f"{index:06d}.png").exists():
-            save_images(folder, index, read(index))
-
-
-def finish(
-    args: argparse.Namespace, config: SphereARConfig, labels: np.ndarray, shards: dict[Range, Path], receipt: dict
-) -> None:
-    """On rank 0, with every image in a shard: missing PNGs, contact sheet, receipt, and the .npz."""
-    folder = Path(args.sample_dir)
-    if args.save_images:
-        save_missing_images(Path(args.save_images), len(labels), lambda index: read_image(shards, index)[None])
-    rows = {label: [read_image(shards, i) for i in indices] for label, indices in layout(labels).items()}
-    write_contact_sheet(folder / "contact_sheet.png", rows, config.num_classes)
-    if receipt["images_in_last_run"] or not (folder / "samples.json").exists():
+def finish(args: argparse.Namespace, config: SphereARConfig, labels: np.ndarray, receipt: dict) -> None:
+    """On rank 0, as soon as every image is in a shard or in the .npz: whatever else there shall be."""
+    folder, new = Path(args.sample_dir), receipt["images_in_last_run"] > 0
+    npz, sheet = folder / "samples.npz", folder / "contact_sheet.png"
+    if new or not (folder / "samples.json").exists():
         write_json(folder / "samples.json", receipt)
-    if args.to_npz:
-        assemble(folder / "samples.npz", shards, labels, config.svae.image_size)
-        shutil.rmtree(folder / "shards")
-    result = folder / ("samples.npz" if args.to_npz else "shards")
-    print(f"{len(labels)} images in {result}; contact sheet {folder / 'contact_sheet.png'}", flush=True)
+    if npz.exists():
+        print(f"{npz} is already complete", flush=True)
+    else:
+        shards = wait_for_shards(folder / "shards", config.svae.image_size, len(labels))
+        if args.to_npz:
+            assemble(npz, shards, labels, config.svae.image_size)
+        print(f"{len(labels)} images in {npz if args.to_npz else folder / 'shards'}", flush=True)
+    if npz.exists():
+        shutil.rmtree(folder / "shards", ignore_errors=True)
+        reader = NpzReader(npz)
+    read = (lambda i: reader.read(i, i + 1)[0]) if npz.exists() else (lambda i: read_image(shards, i))
+    if args.save_images:
+        write_missing_pngs(Path(args.save_images), len(labels), read)
+    if new or not sheet.exists():
+        rows = {label: [read(i) for i in indices] for label, indices in layout(labels).items()}
+        write_contact_sheet(sheet, rows, config.num_classes)
+        print(f"contact sheet {sheet}", flush=True)
 
 
 def make_receipt(args: argparse.Namespace, settings: dict, device: torch.device, made: int, seconds: float) -> dict:
@@ -259,9 +259,9 @@ def make_receipt(args: argparse.Namespace, settings: dict, device: torch.device,
 def run(args: argparse.Namespace) -> int:
     # bf16 on a CPU: the norms' weights stay float32
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning, "torch")
-    device, folder = distributed.init(), Path(args.sample_dir)
-    script.allow_tf32(products=args.tf32, convolutions=args.tf32)
+    device = distributed.init()
     on_gpu = device.type == "cuda"
+    script.allow_tf32(products=args.tf32, convolutions=args.tf32)
     args.per_proc_batch_size = args.per_proc_batch_size or (256 if on_gpu else 16)
     args.mixed_precision = script.choose_precision(args.mixed_precision, device)
     args.compile = True if on_gpu and args.compile is None else args.compile
@@ -276,28 +276,15 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         settings, missing, ways = distributed.from_main(lambda: plan(args, config, trunk, stack))
         with distributed.all_or_none():
-            if not (folder / "run.json").exists():
-                raise ValueError(f"--sample-dir {folder} is not seen by every process; choose a shared folder")
-        if (folder / "samples.npz").exists():
-            if distributed.is_main():
-                shutil.rmtree(folder / "shards", ignore_errors=True)
-                if args.save_images:
-                    reader = NpzReader(folder / "samples.npz")
-                    save_missing_images(
-                        Path(args.save_images), reader.count, lambda index: reader.read(index, index + 1)
-                    )
-            distributed.print0(f"{folder}/samples.npz is already complete")
-            return script.DONE
-        made = sum(stop - start for start, stop in missing)
-        distributed.print0(f"{len(labels)} images, {len(labels) - made} of them finished before, on {device.type}")
-        use_ways(trunk, ways, images_per_batch(args, missing) * (2 if args.cfg_scale > 1 else 1))
-        start = time.perf_counter()
-        sample_batches(args, model, labels, missing)
+            if not Path(args.sample_dir, "run.json").exists():
+                raise ValueError(f"--sample-dir {args.sample_dir} is not seen by every process; choose a shared folder")
+        made, start = sum(stop - start for start, stop in missing), time.perf_counter()
+        if made:
+            distributed.print0(f"{len(labels)} images, {len(labels) - made} of them finished before, on {device.type}")
+            use_ways(trunk, ways, rows_per_batch(args, missing))
+            sample_batches(args, model, labels, missing)
         if distributed.is_main():
-            shards = wait_for_shards(folder / "shards", config.svae.image_size, len(labels))
-            finish(
-                args, config, labels, shards, make_receipt(args, settings, device, made, time.perf_counter() - start)
-            )
+            finish(args, config, labels, make_receipt(args, settings, device, made, time.perf_counter() - start))
     return script.DONE
 
 

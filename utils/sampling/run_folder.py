@@ -1,4 +1,4 @@
-"""The folder of a run that may be stopped and continued: it belongs to one run at a time, and to one set of settings."""
+"""The folder of a run that may be stopped and continued: one run has it at a time, and one set of settings."""
 
 import fcntl
 import os
