@@ -1,11 +1,9 @@
 """The folder of a run that may be stopped and continued: one run has it at a time, and one set of settings."""
 
-import fcntl
-import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from utils.files import read_json, write_json
+from utils.files import lock, read_json, write_json
 
 REMEDY = "it does not say which run this is; choose or empty a folder"
 
@@ -17,7 +15,7 @@ def open_run(folder: Path, settings: dict, stack: ExitStack) -> dict:
     folder's run.json. ValueError says which settings differ from those of the run in it, or that the file is damaged.
     """
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    path, locked = folder / "run.json", lock(folder, stack)
+    path, locked = folder / "run.json", lock(folder, stack, "--sample-dir")
     if locked:
         for leftover in [*folder.glob(".*.tmp"), *folder.glob("shards/.*.tmp")]:
             leftover.unlink()
@@ -31,16 +29,3 @@ def open_run(folder: Path, settings: dict, stack: ExitStack) -> dict:
         change = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in differing)
         raise ValueError(f"--sample-dir {folder} holds images of another run ({change}); choose or empty a folder")
     return before
-
-
-def lock(folder: Path, stack: ExitStack) -> bool:
-    """Lock the folder until `stack` closes; False on a file system without locks. ValueError: another run has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    stack.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--sample-dir {folder} is in use by another run; wait for it or choose another") from None
-    except OSError:
-        return False
-    return True
