@@ -20,7 +20,11 @@ from utils.sampling.draws import image_noise
 from utils.sampling.variance_probe import VarianceProbe, scale_of_tokens
 
 PROJECTIONS = "all", "none"
-PANELS = {"norm": "norm before the projection", "sd": "deviation between images", "cosine": "cosine between the two runs"}
+PANELS = {
+    "norm": "norm before the projection",
+    "sd": "deviation between images",
+    "cosine": "cosine between the two runs",
+}
 
 
 def raw_tokens(model: SphereAR, labels: torch.Tensor, settings: SamplingSettings, seed: int) -> torch.Tensor:

@@ -72,7 +72,7 @@ def halved_times(num_steps: int, last_step_size: float) -> list[float]:
 
 
 def midpoint(velocity: Velocity, noise: Tensor, times: list[float], update: Callable) -> Tensor:
-    """Second order: the slope of a step is the one at its middle, where half an Euler step leads. Two velocities each."""
+    """Second order: the slope of a step is the one at its middle, where half an Euler step leads."""
     dt, x = 2 * times[1], noise[0]
     for k in range(0, len(times), 2):
         middle = update(x, velocity(x, k), dt / 2)

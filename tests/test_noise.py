@@ -101,3 +101,9 @@ def test_neighbours_along_every_coordinate_are_independent(coordinate):
     for power in (1, 2):
         correlation = torch.corrcoef(torch.stack((first**power, second**power)))[0, 1]
         assert abs(correlation) < 4.5 / len(first) ** 0.5
+
+
+def test_none_may_be_asked_for():
+    assert normals(0, Purpose.LABELS, torch.arange(3), count=0).shape == (3, 0)
+    with pytest.raises(ValueError, match="count"):
+        words(0, Purpose.LABELS, 1, count=-1)
