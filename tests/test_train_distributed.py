@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import small_run
 from tests.helpers.small_run import differences, finish, flags, largest_difference, last, run_here, start
-from utils.training.checkpoints import load
+from utils.checkpoint_file import read
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_signal_to_one_process_stops_all(files, tmp_path):
     assert "stopped by a signal" in output
     assert time.monotonic() - sent < 25
     state = last(command)
-    assert 2 <= state["step"] < 100 and load(tmp_path / "run/checkpoints/last.pt")["epochs"] == state["step"] // 6
+    assert 2 <= state["step"] < 100 and read(tmp_path / "run/checkpoints/last.pt")["epochs"] == state["step"] // 6
 
 
 def test_two_nodes_of_two_processes(files, tmp_path):
