@@ -13,6 +13,7 @@ from models.generation import Phases, SamplingSettings, decode, generate_tokens
 from models.sphere import HypersphericalUniform, PowerSpherical, project_to_sphere
 from models.spherear import PRESETS, SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig, stem_channels_for
+from models.von_mises_fisher import VonMisesFisher
 
 __all__ = [
     "PRESETS",
@@ -24,6 +25,7 @@ __all__ = [
     "SamplingSettings",
     "SphereAR",
     "SphereARConfig",
+    "VonMisesFisher",
     "build",
     "checkpoint_state",
     "config_from_dict",

@@ -173,7 +173,8 @@ def watch(players, tag, patch):
         player = next(calls) % len(players)
         if now[0] in (0, STEPS - 1):
             for name, weight in zip(names[player], weights, strict=True):
-                gradients[f"grad/{name}/{now[0]}"] = weight.grad.clone()
+                made = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+                gradients[f"grad/{name}/{now[0]}"] = made.detach()
         (said[f"lr/{now[0]}"],) = {group["lr"] for group in optimizer.param_groups}
         return update(optimizer, weights, **options)
 

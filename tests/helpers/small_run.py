@@ -1,19 +1,17 @@
 """A tiny data set, and training runs small enough for tests: in this process or as processes of their own."""
 
-import io
 import os
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import train
 from models import PRESETS, SVAE, checkpoint_state, config_to_dict
+from tests.helpers.dataset_tars import class_tars, enlarged
 from utils import checkpoint_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,23 +22,13 @@ STEPS_PER_EPOCH = CLASSES * PER_CLASS // BATCH  # 6, with 4 images left over
 def write_tar(path: Path) -> Path:
     """A tar of class tars with 13 images of 32 x 40 pixels for each of 4 classes."""
     rng = np.random.default_rng(0)
-    with tarfile.open(path, "w") as outer:
-        for label in range(CLASSES):
-            inner_bytes = io.BytesIO()
-            with tarfile.open(fileobj=inner_bytes, mode="w") as inner:
-                for i in range(PER_CLASS):
-                    image = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-                    jpeg = io.BytesIO()
-                    Image.fromarray(image).resize((40, 32)).save(jpeg, "JPEG", quality=95)
-                    add(inner, f"n{label:08d}_{i}.JPEG", jpeg.getvalue())
-            add(outer, f"n{label:08d}.tar", inner_bytes.getvalue())
-    return path
-
-
-def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
+    return class_tars(path, {
+        f"n{label:08d}": {
+            f"n{label:08d}_{i}.JPEG": enlarged(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), 40, 32, quality=95)
+            for i in range(PER_CLASS)
+        }
+        for label in range(CLASSES)
+    })  # fmt: skip
 
 
 def write_svae(path: Path) -> Path:

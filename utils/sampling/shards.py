@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
@@ -51,6 +52,20 @@ def missing_ranges(finished: list[Range], total: int) -> list[Range]:
             missing.append((position, min(start, total)))
         position = max(position, stop)
     return missing
+
+
+def batches_of(missing: list[Range], batch_size: int, rank: int, world_size: int) -> list[Range]:
+    """A process's batches: runs of at most batch_size neighbouring images, dealt out in turn."""
+    batches = [(at, min(at + batch_size, stop)) for start, stop in missing for at in range(start, stop, batch_size)]
+    return batches[rank::world_size]
+
+
+def wait_for_shards(folder: Path, image_size: int, total: int) -> dict[Range, Path]:
+    """The shards of all processes, once they cover every image. Polls the folder: signals get through, unlike in a
+    collective; when another process fails, torchrun ends this one."""
+    while missing_ranges(list(shards := finished_shards(folder, image_size)), total):
+        time.sleep(0.5)
+    return shards
 
 
 def read_image(shards: dict[Range, Path], index: int) -> np.ndarray:

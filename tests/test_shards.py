@@ -1,4 +1,4 @@
-"""utils/npz.py: shards become one .npz that numpy reads, in constant memory, atomically."""
+"""Shards: what is missing of a run, who makes it, and one .npz that numpy reads, in constant memory."""
 
 import errno
 import resource
@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from utils.files import atomic_file
-from utils.sampling.shards import assemble, finished_shards, missing_ranges, read_image, write_shard
+from utils.sampling.shards import assemble, batches_of, finished_shards, missing_ranges, read_image, write_shard
 
 SIZE = 8
 IMAGES = np.random.RandomState(0).randint(0, 256, (10, SIZE, SIZE, 3), np.uint8)
@@ -52,6 +51,13 @@ def test_missing_ranges():
     assert missing_ranges([(0, 6), (4, 10)], 10) == []
 
 
+def test_batches_are_dealt_out_once():
+    missing = [(0, 7), (9, 11)]
+    shares = [batches_of(missing, 3, rank, 2) for rank in range(2)]
+    assert shares == [[(0, 3), (6, 7)], [(3, 6), (9, 11)]]
+    assert batches_of(missing, 16, 0, 1) == missing
+
+
 def test_damaged_shards_are_not_counted(shards):
     short = shards / "00000003-00000007.npy"
     short.write_bytes(short.read_bytes()[:-1])
@@ -63,17 +69,7 @@ def test_damaged_shards_are_not_counted(shards):
     assert not (shards / "samples.npz").exists()
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(OSError, match="disk full"), atomic_file(path) as file:
-        file.write(b"half")
-        raise OSError("disk full")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"old"
-
-
-def test_a_failed_write_says_why_and_where(tmp_path):
+def test_a_shard_that_cannot_be_written_is_named(tmp_path):
     """The limit on file sizes stands in for a full disk: the write itself fails, after the file was opened."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -84,15 +80,6 @@ def test_a_failed_write_says_why_and_where(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG
     assert f"File too large: '{tmp_path / '00000000-00000010.npy'}'" in str(caught.value)
-    with (
-        pytest.raises(OSError, match=r"No space left on device \(\d+ MB free\): '.*file'"),
-        atomic_file(tmp_path / "file"),
-    ):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(FileNotFoundError, match="absent/file'"), atomic_file(tmp_path / "absent" / "file"):
-        pass
-    with pytest.raises(OSError, match="other"), atomic_file(tmp_path / "file"):
-        raise OSError(errno.EIO, "Input/output error", "other")  # the fault of a file that was read
 
 
 def test_foreign_files_are_skipped(shards):
