@@ -36,7 +36,7 @@ from models import (
 from models.discriminator import Adversary, PatchDiscriminator
 from models.losses import adversarial_loss, adversarial_weight, reconstruction_loss
 from models.lpips import LPIPS, vgg_weights
-from models.posteriors import Draws
+from models.posteriors import POSTERIORS, Draws
 from utils import checkpoint_file, distributed, script
 from utils.images import to_float
 from utils.provenance import versions
@@ -134,7 +134,7 @@ class Stage:
 
 def posterior_draws(svae: SVAE, draws: StepDraws) -> Draws:
     config = svae.config
-    return Draws(*draws.posterior(config.num_tokens, *svae.posterior.num_draws(config.latent_dim)))
+    return Draws(*draws.posterior(config.num_tokens, *POSTERIORS[config.posterior].num_draws(config.latent_dim)))
 
 
 def add_to(totals: dict[str, Tensor], share: float, **values: Tensor) -> None:
@@ -207,7 +207,7 @@ class SVAEStage(Stage):
     def preview(self, averaged: SVAE, batch: Sample) -> Tensor:
         """Images of a batch (upper rows) and their reconstructions from the posterior's mode."""
         images = self.images(batch)[:NUM_PREVIEWS]
-        return torch.cat([images, averaged.decode(averaged.encode(images).mode()).float()])
+        return torch.cat([images, averaged.decode(averaged.to_tokens(averaged.encode(images).mode())).float()])
 
 
 class ARStage(Stage):
@@ -243,7 +243,7 @@ class ARStage(Stage):
     def tokens(self, images: Tensor, draws: StepDraws) -> Tensor:
         """Latent tokens (B, P, C): a sample of the frozen S-VAE's posterior."""
         vae = self.model.vae
-        return vae.encode(images).sample_from(posterior_draws(vae, draws))
+        return vae.to_tokens(vae.encode(images).sample_from(posterior_draws(vae, draws)))
 
     def check_continues(self, state: dict) -> None:
         for name, value in self.model.vae.state_dict().items():
