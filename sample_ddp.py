@@ -10,7 +10,6 @@ batches are kept as shards in the sample folder: the same command continues a ru
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -31,20 +30,22 @@ from models.samplers import SAMPLERS
 from utils import checkpoint_file, distributed, script
 from utils.evaluation.npz_reader import NpzReader
 from utils.files import read_json, sha256, write_json
-from utils.images import layout, png_path, to_uint8, write_contact_sheet, write_missing_pngs, write_png
+from utils.images import has_pngs, layout, png_path, to_uint8, write_contact_sheet, write_missing_pngs, write_png
 from utils.noise import normals
 from utils.provenance import provenance
 from utils.sampling.draws import compiled_normals, image_noise, make_labels
 from utils.sampling.few_rows import choose_ways, is_large, use_ways
 from utils.sampling.graphs import Throttle, cast_weights, compile_pieces, static_phases
-from utils.sampling.run_folder import open_run
+from utils.sampling.run_folder import claim, key_of, note, open_run
 from utils.sampling.shards import (
     Range,
     assemble,
     batches_of,
-    finished_shards,
+    check_npz,
     missing_ranges,
     read_image,
+    remove_shards,
+    verified_shards,
     wait_for_shards,
     write_shard,
 )
@@ -128,20 +129,26 @@ def plan(
 ) -> tuple[dict, list[Range], dict[str, str]]:
     """On rank 0: make --sample-dir this run's -> its settings, missing images, ways of linear layers (see few_rows)."""
     folder, settings = Path(args.sample_dir), settings_of(args, config)
-    if args.save_images:
-        Path(args.save_images).mkdir(parents=True, exist_ok=True)
     stored = open_run(folder, settings, stack)
+    if args.save_images:
+        images = Path(args.save_images)
+        images.mkdir(parents=True, exist_ok=True)
+        claim(images, settings, "--save-images", has_pngs(images))
     if (folder / "samples.npz").exists():
+        check_npz(folder / "samples.npz", stored.get("samples.npz"))
         return settings, [], {}
-    shards = finished_shards(folder / "shards", config.svae.image_size)
-    missing = missing_ranges(list(shards), args.num_fid_samples)
+    size, total = config.svae.image_size, args.num_fid_samples
+    shards, rejected = verified_shards(folder / "shards", size, total, key_of(settings))
+    if rejected:
+        print(f"{rejected[0]}: damaged, or of another run; set aside with {len(rejected) - 1} others", flush=True)
+    missing = missing_ranges(list(shards), total)
     if not missing or args.compile is not None or not is_large(trunk):
         return settings, missing, {}
     rows = rows_per_batch(args, missing)
     ways = stored.get("linear_ways", {})  # by rows: a continued run keeps to them, for the same bits
     if str(rows) not in ways:
         ways[str(rows)] = choose_ways(trunk, rows)
-        write_json(folder / "run.json", {**stored, "linear_ways": ways})
+        note(folder, {"linear_ways": ways})
     return settings, missing, ways[str(rows)]
 
 
@@ -185,7 +192,9 @@ def require_finite(values: Tensor, first: int, ckpt: str) -> None:
         )
 
 
-def sample_batches(args: argparse.Namespace, model: SphereAR, labels: np.ndarray, missing: list[Range]) -> None:
+def sample_batches(
+    args: argparse.Namespace, model: SphereAR, labels: np.ndarray, missing: list[Range], key: int
+) -> None:
     """Sample this process's share of the missing images into shards, with a progress bar of the whole on rank 0."""
     world_size, total = distributed.world_size(), sum(stop - start for start, stop in missing)
     size, throttle = images_per_batch(args, missing), Throttle()
@@ -208,7 +217,7 @@ def sample_batches(args: argparse.Namespace, model: SphereAR, labels: np.ndarray
             images = sample((start, stop), observe)
             for index, image in enumerate(images if args.save_images else ()):
                 write_png(png_path(args.save_images, start + index), image)
-            write_shard(Path(args.sample_dir) / "shards", start, images)
+            write_shard(Path(args.sample_dir) / "shards", start, images, key)
 
 
 # ---- shards -> results -------------------------------------------------------------------------------------------
@@ -225,10 +234,11 @@ def finish(args: argparse.Namespace, config: SphereARConfig, labels: np.ndarray,
     else:
         shards = wait_for_shards(folder / "shards", config.svae.image_size, len(labels))
         if args.to_npz:
-            assemble(npz, shards, labels, config.svae.image_size)
+            key, record = key_of(receipt["settings"]), lambda checksums: note(folder, {"samples.npz": checksums})
+            assemble(npz, shards, labels, config.svae.image_size, key, record)
         print(f"{len(labels)} images in {npz if args.to_npz else folder / 'shards'}", flush=True)
     if npz.exists():
-        shutil.rmtree(folder / "shards", ignore_errors=True)
+        remove_shards(folder / "shards")
         reader = NpzReader(npz)
     read = (lambda i: reader.read(i, i + 1)[0]) if npz.exists() else (lambda i: read_image(shards, i))
     if args.save_images:
@@ -282,7 +292,7 @@ def run(args: argparse.Namespace) -> int:
         if made:
             distributed.print0(f"{len(labels)} images, {len(labels) - made} of them finished before, on {device.type}")
             use_ways(trunk, ways, rows_per_batch(args, missing))
-            sample_batches(args, model, labels, missing)
+            sample_batches(args, model, labels, missing, key_of(settings))
         if distributed.is_main():
             finish(args, config, labels, make_receipt(args, settings, device, made, time.perf_counter() - start))
     return script.DONE

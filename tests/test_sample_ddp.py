@@ -16,6 +16,7 @@ from models import PRESETS, SphereAR, checkpoint_state, config_to_dict
 from tests.helpers.sampling import load, sample_here, start, wait_for_first_shard, write_checkpoint
 from utils.sampling import few_rows, shards
 from utils.sampling.draws import compiled_normals
+from utils.sampling.run_folder import key_of
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,63 @@ def test_signals_end_cleanly_and_keep_what_was_finished(ckpt, tmp_path, number):
     assert list((tmp_path / "shards").glob("*.npy")) and not list(tmp_path.rglob(".*.tmp"))
 
 
+# ---- nothing of another run, and nothing taken away ------------------------------------------------------------------
+
+
+def test_another_runs_pngs_are_not_kept_as_this_runs(sample, tmp_path, capsys):
+    assert sample("one", "--num-fid-samples", 2, "--save-images", "png")[0] == 0
+    before = (tmp_path / "png" / "000000.png").read_bytes()
+    assert sample("two", "--num-fid-samples", 2, "--global-seed", 1, "--save-images", "png")[0] == 2
+    assert "--save-images png holds images of another run (--global-seed: 0 there, 1 now)" in capsys.readouterr().err
+    assert (tmp_path / "png" / "000000.png").read_bytes() == before
+    (tmp_path / "png" / "run.json").unlink()
+    assert sample("one", "--num-fid-samples", 2, "--save-images", "png")[0] == 2
+    assert "--save-images png holds images, and no run.json" in capsys.readouterr().err
+
+
+def test_pngs_may_lie_in_the_sample_folder(sample):
+    for flags in ((), ("--to-npz",)):
+        code, folder = sample("run", "--num-fid-samples", 2, "--save-images", "run", *flags)
+        assert code == 0 and (folder / "000001.png").exists()
+
+
+def test_a_changed_shard_is_made_again(sample, capsys):
+    flags = "--num-fid-samples", 4, "--per-proc-batch-size", 2
+    _, whole = sample("whole", *flags, "--to-npz")
+    _, folder = sample("run", *flags)
+    shard = folder / "shards" / "00000002-00000004.npy"
+    shard.write_bytes(shard.read_bytes().replace(b"\x80", b"\x81", 1))
+    assert sample("run", *flags, "--to-npz")[0] == 0
+    assert "00000002-00000004.npy.rejected: damaged, or of another run" in capsys.readouterr().out
+    assert (folder / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+    assert [path.name for path in (folder / "shards").iterdir()] == ["00000002-00000004.npy.rejected"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", "another run's"])
+def test_a_foreign_or_damaged_npz_is_not_complete(sample, capsys, content):
+    _, folder = sample("run", "--num-fid-samples", 2, "--to-npz")
+    other = sample("other", "--num-fid-samples", 2, "--global-seed", 1, "--to-npz")[1] / "samples.npz"
+    whole = (folder / "samples.npz").read_bytes()
+    (folder / "samples.npz").write_bytes(other.read_bytes() if isinstance(content, str) else content)
+    capsys.readouterr()
+    assert sample("run", "--num-fid-samples", 2, "--to-npz")[0] == 2
+    assert "run/samples.npz is damaged, or this run did not make it; move it away" in capsys.readouterr().err
+    (folder / "samples.npz").unlink()
+    assert sample("run", "--num-fid-samples", 2, "--to-npz")[0] == 0
+    assert (folder / "samples.npz").read_bytes() == whole
+
+
+def test_a_foreign_shards_folder_is_left_alone(sample, tmp_path):
+    foreign = tmp_path / "run" / "shards" / "train-00000.tar", tmp_path / "run" / ".cache.tmp"
+    foreign[0].parent.mkdir(parents=True)
+    for path in foreign:
+        path.write_bytes(b"mine")
+    for _ in range(2):
+        code, folder = sample("run", "--num-fid-samples", 2, "--to-npz")
+        assert code == 0 and all(path.read_bytes() == b"mine" for path in foreign)
+        assert list((folder / "shards").iterdir()) == [foreign[0]]
+
+
 # ---- clear errors ----------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +355,8 @@ def test_a_run_keeps_to_the_linear_ways_it_chose(sample, tmp_path, monkeypatch):
     assert list(stored) == ["6"] and set(stored["6"].values()) == {"columns"}
     (tmp_path / "run" / "samples.npz").unlink()
     (tmp_path / "run" / "shards").mkdir()
-    shards.write_shard(tmp_path / "run" / "shards", 3, images[3:])  # as if killed before the first batch
+    run = json.loads((tmp_path / "run" / "samples.json").read_text())["settings"]
+    shards.write_shard(tmp_path / "run" / "shards", 3, images[3:].astype(np.uint8), key_of(run))  # as if killed
     asked.clear()
     assert (brief(sample, "run") == images).all() and not asked
     assert np.abs(brief(sample, "plain", "--no-compile") - images).max() <= 1 and not asked
