@@ -7,6 +7,7 @@ from models.checkpoint import (
     config_to_dict,
     from_checkpoint,
     load_state,
+    own_names,
 )
 from models.generation import Phases, SamplingSettings, decode, generate_tokens
 from models.sphere import HypersphericalUniform, PowerSpherical, project_to_sphere
@@ -33,6 +34,7 @@ __all__ = [
     "from_checkpoint",
     "generate_tokens",
     "load_state",
+    "own_names",
     "project_to_sphere",
     "stem_channels_for",
 ]

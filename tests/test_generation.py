@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import Phases, SamplingSettings, decode, generate_tokens, project_to_sphere
+from models import Phases, SamplingSettings, SphereAR, decode, generate_tokens, project_to_sphere
 from tests.helpers.nano import NANO, seeded_noise, stirred_nano
 
 FEW = SamplingSettings(cfg_scale=2.0, num_sampling_steps=2)
@@ -25,6 +25,7 @@ def nano():
         ({"cfg_scale": 2.0, "cfg_schedule": "cosine"}, "cosine"),
         ({"sampler": "dpm"}, "dpm"),
         ({"num_sampling_steps": 0}, "num_sampling_steps 0"),
+        ({"projection": "twice"}, "projection 'twice'"),
         ({"last_step_size": 1.0}, "last_step_size 1.0"),
     ],
 )
@@ -77,6 +78,19 @@ def test_a_watcher_sees_every_token_before_and_after_its_projection(nano):
         assert torch.equal(project_to_sphere(raw, NANO.radius), token)
         assert not torch.allclose(raw.norm(dim=-1), torch.tensor(NANO.radius), rtol=1e-3)
         assert torch.equal(token[:2], tokens[:, position])
+
+
+@pytest.mark.parametrize(
+    "trained, asked, on_sphere", [("all", "none", False), ("none", None, False), ("none", "all", True)]
+)
+def test_the_projection_is_the_models_unless_another_is_asked_for(nano, trained, asked, on_sphere):
+    posterior = "power-spherical" if trained == "all" else "gaussian"
+    model = SphereAR(replace(NANO, svae=replace(NANO.svae, posterior=posterior, projection=trained))).eval()
+    state = {name: value for name, value in nano.state_dict().items() if "quant_proj" not in name}
+    model.load_state_dict(state, strict=False)
+    settings = replace(FEW, projection=asked)
+    tokens = generate_tokens(model, torch.tensor([1, 2]), settings, seeded_noise(settings))
+    assert torch.allclose(tokens.norm(dim=-1), torch.tensor(NANO.radius), rtol=1e-3) == on_sphere
 
 
 def test_phases_handed_in_are_the_ones_that_are_called(nano):

@@ -1,9 +1,11 @@
 """The S-VAE: stems, configs that cannot be, shapes at its boundary, initialisation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from models import SVAE, SVAEConfig, stem_channels_for
+from models import SVAE, SVAEConfig, project_to_sphere, stem_channels_for
 from tests.helpers.nano import NANO
 
 
@@ -48,3 +50,47 @@ def test_kl_is_a_mean_over_batch_and_tokens():
     posterior = svae.encode(images)
     assert posterior.kl().shape == (3, 16) and posterior.kl().std() > 0
     torch.testing.assert_close(svae(images)[1], posterior.kl().mean())
+
+
+def flat(posterior="gaussian", **changes):
+    return SVAE(replace(NANO.svae, posterior=posterior, **changes)).eval()
+
+
+def test_where_the_projection_stands():
+    """Rows 1 to 3 of the paper's Table 2: tokens of the AR model, and what the decoder reads."""
+    latents = torch.randn(2, 16, 8)
+    on_sphere = project_to_sphere(latents, NANO.svae.radius)
+    for projection, tokens, read in [
+        ("none", latents, latents), ("decoder", latents, on_sphere), ("all", on_sphere, on_sphere),
+    ]:  # fmt: skip
+        svae, seen = flat(projection=projection), []
+        svae.post_quant_proj.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        torch.testing.assert_close(svae.to_tokens(latents), tokens)
+        svae.decode(svae.to_tokens(latents))
+        torch.testing.assert_close(seen[0], read)
+
+
+@pytest.mark.parametrize("projection", ["none", "decoder"])
+def test_flat_latents_are_shifted_and_scaled_for_the_ar_model_and_back_for_the_decoder(projection):
+    plain, scaled = flat(projection=projection), flat(projection=projection, latent_shift=0.5, latent_scale=2.0)
+    scaled.load_state_dict(plain.state_dict())
+    latents = torch.randn(2, 16, 8)
+    torch.testing.assert_close(scaled.to_tokens(latents), (latents - 0.5) / 2)
+    torch.testing.assert_close(scaled.decode(scaled.to_tokens(latents)), plain.decode(plain.to_tokens(latents)))
+
+
+@pytest.mark.parametrize(
+    "bad, word",
+    [
+        ({"projection": "twice"}, "projection 'twice'"),
+        ({"projection": "none"}, "latents of power-spherical are on the sphere"),
+        ({"posterior": "vmf", "projection": "decoder"}, "latents of vmf are on the sphere"),
+        ({"posterior": "fixed-sigma"}, "sigma None"),
+        ({"posterior": "fixed-sigma", "sigma": 0.0}, "sigma 0.0"),
+        ({"posterior": "gaussian", "sigma": 0.2}, "sigma 0.2"),
+        ({"posterior": "gaussian", "latent_scale": 0.0}, "latent_scale 0.0"),
+    ],
+)
+def test_contradictions_of_posterior_and_projection_are_refused(bad, word):
+    with pytest.raises(ValueError, match=word):
+        replace(NANO.svae, **bad)

@@ -117,10 +117,3 @@ class InceptionScore:
         """The score of everything taken in, at least one row."""
         scores = (*self.scores, self._of_block()) if self.count else self.scores
         return sum(scores) / len(scores)
-
-
-def inception_score(logits: Tensor, block: int = INCEPTION_SCORE_BLOCK) -> float:
-    """The Inception Score of logits (N, classes) in the order of the file."""
-    score = InceptionScore(block)
-    score.add(logits)
-    return score.value()

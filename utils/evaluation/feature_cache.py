@@ -1,0 +1,66 @@
+"""Inception features kept beside a file, so that the next evaluation of the same file need not compute them."""
+
+import json
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import distributed
+from utils.evaluation.features import Features
+from utils.evaluation.npz_reader import DAMAGE, NpzReader
+from utils.files import atomic_file
+
+VERSION = 1  # of our network and statistics; a new number makes feature caches void
+
+
+def cache_path(images: Path) -> Path:
+    """samples.npz keeps its features in samples.features.npz."""
+    return images.with_suffix(".features.npz")
+
+
+def load_features(images: Path, key: dict, names: set[str]) -> tuple[Features, str] | None:
+    """Features with the arrays `names`, and the sha256 of `images`, as saved under an equal key.
+
+    None: there is no cache, it was saved under another key, or it is damaged.
+    """
+    try:
+        with np.load(cache_path(images), allow_pickle=False) as archive:
+            record = json.loads(bytes(archive["record"]))
+            if record["key"] != {"version": VERSION, **key}:
+                return None
+            arrays = {name: archive[name] for name in names}
+            return Features(torch.from_numpy(arrays.pop("pool")), arrays), record["sha256"]
+    except (*DAMAGE, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+def save_features(images: Path, key: dict, features: Features, sha256: str) -> None:
+    """Save features and the sha256 of `images` under what they depend on (`key`, plain values), atomically."""
+    record = json.dumps({"key": {"version": VERSION, **key}, "sha256": sha256}).encode()
+    arrays = {"pool": features.pool.cpu().numpy(), **features.statistics}
+    with atomic_file(cache_path(images)) as file:
+        np.savez(file, record=np.frombuffer(record, np.uint8), **arrays)
+
+
+def cached(
+    file: NpzReader, key: dict, names: set[str], compute: Callable[[], tuple[Features, str]]
+) -> tuple[Features, str, bool]:
+    """Features of a file, its sha256, and whether they come from the cache beside it or were computed and saved there.
+
+    names: the arrays that a cache must have.
+    """
+    key = {**key, **file.fingerprint()}
+    found = load_features(file.path, key, names)
+    if all(distributed.gather_objects(found is not None)):
+        return *found, True
+    features, sha256 = compute()
+    if distributed.is_main():
+        try:
+            save_features(file.path, key, features, sha256)
+        except OSError as error:
+            print(f"warning: --cache-features: {error}; going on without", file=sys.stderr)
+    return features, sha256, False
