@@ -6,6 +6,7 @@ A file is what torch.save writes: a zip whose members carry CRC32s.
 import argparse
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +30,15 @@ def read(path: str | Path, *, verify: bool = False) -> dict:
     Holds tensors, plain values and Namespaces only: nothing in the file is executed. `verify` first holds every byte
     against its checksum. Raises ValueError that names the file and what is wrong, whatever the damage.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: is no file")
     try:
-        if verify:
+        if verify and _is_zip(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"checksum of {damaged} does not match")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
@@ -108,7 +111,9 @@ def _what_is_wrong(path: str | Path, error: Exception) -> str:
     for beginning, what in MISTAKEN.items():
         if start.startswith(beginning):
             return what
-    if isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, zipfile.BadZipFile):
+        return "not a readable checkpoint: damaged or cut short"
+    if isinstance(error, pickle.UnpicklingError) or not _is_zip(path):
         return "not a readable checkpoint: no file of torch.save, damaged, or more than weights and plain values in it"
     return f"not a readable checkpoint (damaged, or not only weights): {_first_line(error)}"
 
