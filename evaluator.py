@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from utils import distributed, provenance, script
-from utils.evaluation import frechet, inception_weights, report
+from utils.evaluation import frechet, inception_weights, results
 from utils.evaluation.feature_cache import cached
 from utils.evaluation.features import Extractor, Features, extract, hand_back_memory, read_parts
 from utils.evaluation.inception import POOL_DIM, Inception
@@ -75,8 +75,8 @@ def evaluate(args: argparse.Namespace) -> int:
     torch.backends.cudnn.deterministic = True
     with torch.inference_mode():
         result = measure(args, device)
-    distributed.print0(report.lines(result["metrics"]), end="")
-    distributed.from_main(lambda: report.write(result, Path(args.sample_batch)))
+    distributed.print0(results.lines(result["metrics"]), end="")
+    distributed.from_main(lambda: results.write(result, Path(args.sample_batch)))
     return script.DONE
 
 
@@ -86,7 +86,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     with distributed.all_or_none():
         files = NpzReader(args.ref_batch), NpzReader(args.sample_batch)
         check_inputs(*files)
-    distributed.from_main(lambda: report.check_outputs(*(file.path for file in files)))
+    paths = [file.path for file in files]
+    distributed.from_main(lambda: results.check_outputs(*paths, cache_features=args.cache_features))
     notes = inspect(*files)
     for note in notes:
         distributed.print0(f"warning: {note}", file=sys.stderr)
@@ -95,7 +96,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     hand_back_memory()
     extracted = time.monotonic()
 
-    metrics = dict.fromkeys(report.METRICS)
+    metrics = dict.fromkeys(results.METRICS)
     if "score" in samples.features.statistics:
         metrics["Inception Score"] = samples.features.statistics["score"].item()
     metrics |= distributed.from_main(lambda: distances(reference, samples))
