@@ -262,6 +262,9 @@ BAD = {
     "Is a directory": lambda path: path.mkdir(),
     "sigma is no covariance": lambda path: np.savez(path, mu=np.zeros(2048), sigma=-np.eye(2048)),
     "sigma is no covariance: not": lambda path: np.savez(path, mu=np.zeros(2048), sigma=np.tri(2048)),
+    "sigma is no covariance: not symmetric": lambda path: np.savez(
+        path, mu=np.zeros(2048), sigma=np.eye(2048) + 2 * np.eye(2048)[::-1]
+    ),
     "a variance below 0 or above": lambda path: np.savez(path, mu=np.zeros(2048), sigma=1e308 * np.eye(2048)),
 }
 

@@ -215,13 +215,24 @@ def read_member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> 
 
 
 def is_covariance(values: np.ndarray) -> bool:
-    """Whether values (D, D) are symmetric to rounding and every variance is one that features can have."""
-    variances = values.diagonal()
-    return bool(
+    """Whether values (D, D) are symmetric and have no negative eigenvalue, to rounding, and variances below 1e12.
+
+    Rounding: 1e-6 of the sum of variances for eigenvalues; a covariance saved in float32 had -2e-10.
+    """
+    variances = values.diagonal().astype(np.float64)
+    if not (
         (variances >= 0).all()
         and (variances < 1e12).all()
         and np.allclose(values, values.T, rtol=1e-4, atol=1e-6 * variances.max())
-    )
+    ):
+        return False
+    if not values.any():
+        return True
+    try:
+        np.linalg.cholesky(values + np.diag(np.full(len(values), 1e-6 * variances.sum())))
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def read_labels(archive: zipfile.ZipFile, count: int) -> np.ndarray | None:
