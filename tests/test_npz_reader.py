@@ -99,3 +99,10 @@ def test_a_bomb_is_not_inflated(tmp_path):
         archive.writestr("arr_0.npy", header + text.ljust(117) + b"\n" + bytes(10_000))
     with pytest.raises(ValueError, match="10000 bytes, not those of shape"):
         NpzReader(tmp_path / "bomb.npz")
+
+
+def test_more_images_than_memory_holds_features_of_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz_reader, "MAX_IMAGES", 4)
+    np.savez(tmp_path / "many.npz", good())
+    with pytest.raises(ValueError, match="arr_0 has 5 images; 4 at most"):
+        NpzReader(tmp_path / "many.npz")

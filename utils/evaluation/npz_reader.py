@@ -22,6 +22,7 @@ NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *\}\s*")
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 CHUNK = 1 << 22
+MAX_IMAGES = 1_000_000  # of one file: their features take 4 GB
 # What zipfile and zlib raise on damaged files, besides ValueError and BadZipFile.
 DAMAGE = (
     zlib.error,
@@ -78,6 +79,8 @@ class NpzReader:
             raise ValueError(f"arr_0 has shape {shape}, but images are N x H x W x 3")
         if 0 in shape:
             raise ValueError(f"arr_0 has shape {shape}: there are no images in it")
+        if shape[0] > MAX_IMAGES:
+            raise ValueError(f"arr_0 has {shape[0]} images; {MAX_IMAGES} at most fit into memory: take fewer")
         self._info, self._header = info, header
         self._image_bytes = int(np.prod(shape[1:], dtype=object))
         if header + shape[0] * self._image_bytes != info.file_size:
