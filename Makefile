@@ -37,7 +37,7 @@ quickstart: $(READY)
 		--per-proc-batch-size 250 --to-npz
 	@echo "== 5/5 metrics"
 	$(PY) evaluator.py $(Q)/data/reference.npz $(Q)/samples/samples.npz
-	$(PY) -m dataset.judge $(DATA) $(Q)/samples/samples.npz
+	$(PY) -m dataset.toy --judge $(DATA) $(Q)/samples/samples.npz
 	@echo "picture: $(Q)/samples/contact_sheet.png"
 
 test: $(READY)

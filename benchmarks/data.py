@@ -1,8 +1,8 @@
-"""Pictures per CPU second of one core: the straightforward chain, the exact one and the fast one; and the index.
+"""Images per CPU second of one core: the straightforward chain, the exact one and the fast one; and the index.
 
-    python benchmarks/data.py [--pictures 64] [--rounds 7]
+    python benchmarks/data.py [--images 64] [--rounds 7]
 
-The straightforward chain is kept here: Pillow decode, resizes of the whole picture, crop, float32, collate. Pictures
+The straightforward chain is kept here: Pillow decode, resizes of the whole image, crop, float32, collate. Images
 are generated, 500 x 375, of ImageNet's usual 110 KB. Results go to benchmarks/results/data.json.
 """
 
@@ -10,20 +10,14 @@ import argparse
 import io
 import json
 import math
-import os
-import platform
 import random
-import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 from PIL import Image
 from torch.utils.data import default_collate
 
@@ -31,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from dataset import CropKey, ImageDataset, build_dataset  # noqa: E402
 from dataset.tar_index import build_index, load_index  # noqa: E402
+from tests.helpers.dataset_tars import class_tars  # noqa: E402
+from utils.provenance import provenance  # noqa: E402
 
 SIZE, WIDTH, HEIGHT = 256, 500, 375
 
@@ -55,24 +51,8 @@ def photograph(seed: int) -> bytes:
     return file.getvalue()
 
 
-def write_tar(path: Path, classes: dict[str, list[bytes]]) -> None:
-    with tarfile.open(path, "w") as outer:
-        for name, pictures in classes.items():
-            inner_file = io.BytesIO()
-            with tarfile.open(fileobj=inner_file, mode="w") as inner:
-                for number, content in enumerate(pictures):
-                    add(inner, f"{name}_{number}.JPEG", content)
-            add(outer, f"{name}.tar", inner_file.getvalue())
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
 def straightforward(data: bytes) -> torch.Tensor:
-    """What training scripts of this field do per picture: float32 (3, S, S) in [-1, 1]."""
+    """What training scripts of this field do per image: float32 (3, S, S) in [-1, 1]."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     short_side = random.randint(SIZE, math.ceil(SIZE / 0.8))
     while min(image.size) >= 2 * short_side:
@@ -113,10 +93,10 @@ def differences(dataset: ImageDataset) -> dict[str, float]:
     return {"max_grey_levels": largest, "share_of_values": differing / len(dataset) / gap.numel()}
 
 
-def index_costs(folder: Path, classes: int = 100, pictures: int = 1300) -> dict[str, float]:
-    """CPU microseconds per picture to build the index of many small members (headers cached), seconds to load it."""
+def index_costs(folder: Path, classes: int = 100, images: int = 1300) -> dict[str, float]:
+    """CPU microseconds per image to build the index of many small members (headers cached), seconds to load it."""
     path = folder / "many.tar"
-    write_tar(path, {f"n{k:08d}": [bytes(700)] * pictures for k in range(classes)})
+    class_tars(path, {f"n{k:08d}": {f"{i}.JPEG": bytes(700) for i in range(images)} for k in range(classes)})
     build = []
     for _ in range(3):
         start = time.process_time()
@@ -129,57 +109,43 @@ def index_costs(folder: Path, classes: int = 100, pictures: int = 1300) -> dict[
     size = path.with_name("many.tar.index.npz").stat().st_size
     scale = 1_281_167 / len(index.offsets)
     return {
-        "pictures": len(index.offsets),
-        "build_us_per_picture": min(build) / len(index.offsets) * 1e6,
+        "images": len(index.offsets),
+        "build_us_per_image": min(build) / len(index.offsets) * 1e6,
         "load_seconds_for_1.28M": load * scale,
         "file_mb_for_1.28M": size * scale / 1e6,
         "memory_mb_for_1.28M": (index.offsets.nbytes + index.sizes.nbytes) * scale / 1e6,
     }
 
 
-def machine() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "machine": f"{cpu}, {os.cpu_count()} cores, {platform.system()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "pillow": PIL.__version__,
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=64, help="generated 500x375 JPEGs (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=64, help="generated 500x375 JPEGs (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="the chains take turns this often (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures per collated batch (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per collated batch (default: %(default)s)")
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/data.json"), help="default: %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(1)
     chains = ("straightforward", "exact", "fast")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures = [photograph(seed) for seed in range(args.pictures)]
-        write_tar(folder / "train.tar", {"n00000000": pictures})
+        images = [photograph(seed) for seed in range(args.images)]
+        class_tars(folder / "train.tar", {"n00000000": {f"{i}.JPEG": file for i, file in enumerate(images)}})
         dataset = build_dataset(folder / "train.tar", SIZE, num_classes=1, seed=0)
         for chain in chains:
             seconds_of_round(dataset, chain, 0, args.batch_size)
         rounds = {chain: [] for chain in chains}
         for epoch in range(args.rounds):
             for chain in chains:
-                rounds[chain].append(seconds_of_round(dataset, chain, epoch, args.batch_size) / args.pictures)
+                rounds[chain].append(seconds_of_round(dataset, chain, epoch, args.batch_size) / args.images)
         gaps = differences(dataset)
         index = index_costs(folder)
     median = {chain: float(np.median(rounds[chain])) for chain in chains}
     ratios = {chain: [a / b for a, b in zip(rounds["straightforward"], rounds[chain])] for chain in ("exact", "fast")}
     result = {
-        **machine(),
-        "pictures": args.pictures,
-        "kilobytes_per_picture": sum(map(len, pictures)) / len(pictures) / 1000,
+        **provenance(torch.device("cpu")),
+        "date": time.strftime("%Y-%m-%d"),
+        "images": args.images,
+        "kilobytes_per_image": sum(map(len, images)) / len(images) / 1000,
         "images_per_second_per_core": {chain: 1 / median[chain] for chain in chains},
         "milliseconds_per_image": {chain: 1000 * median[chain] for chain in chains},
         "speedup": {chain: float(np.median(values)) for chain, values in ratios.items()},

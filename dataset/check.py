@@ -1,6 +1,6 @@
-"""Read every picture of a data set and say what is in it: python -m dataset.check TAR [--num-classes N].
+"""Read every image of a data set and say what is in it: python -m dataset.check TAR [--num-classes N].
 
-Exit code 0: usable (at most 0.1 % bad pictures, which training replaces); 1: more than that; 2: no usable data set.
+Exit code 0: usable (at most 0.1 % bad images, which training replaces); 1: more than that; 2: no usable data set.
 """
 
 import argparse
@@ -10,12 +10,12 @@ from collections import Counter
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset.decode import BadPicture, decode_exact
+from dataset.decode import BadImage, decode_exact
 from dataset.imagenet import ImageDataset, open_source
 
 
 class _Facts(Dataset):
-    """(width, height, reason or "") of every picture."""
+    """(width, height, reason or "") of every image."""
 
     def __init__(self, source):
         self.source = source
@@ -26,7 +26,7 @@ class _Facts(Dataset):
     def __getitem__(self, index: int) -> tuple[int, int, str]:
         try:
             image = decode_exact(self.source.read(index), self.source.file_name(index))
-        except BadPicture as error:
+        except BadImage as error:
             return 0, 0, str(error)
         return *image.size, ""
 
@@ -41,22 +41,22 @@ def check(data_path: str, num_classes: int | None = None, num_workers: int = 0) 
     dataset = ImageDataset(source, image_size=1, seed=0)
     sizes, bad = [], []
     facts = DataLoader(_Facts(source), batch_size=None, num_workers=num_workers)
-    for index, (width, height, reason) in enumerate(tqdm(facts, unit="pictures", disable=None)):
+    for index, (width, height, reason) in enumerate(tqdm(facts, unit="images", disable=None)):
         if reason:
             bad.append(f"{dataset.name(index)}: {reason}")
         else:
             sizes.append((width, height))
     counts = Counter(dataset.label(index) for index in range(len(dataset)))
-    print(f"{data_path}: {len(source)} pictures of {len(source.classes)} classes")
-    print(f"pictures per class: {min(counts.values())} to {max(counts.values())}")
+    print(f"{data_path}: {len(source)} images of {len(source.classes)} classes")
+    print(f"images per class: {min(counts.values())} to {max(counts.values())}")
     if sizes:
         print(f"shorter side: {min(map(min, sizes))} to {max(map(min, sizes))} pixels, longest {max(map(max, sizes))}")
-    print(f"bad pictures: {len(bad)} ({len(bad) / len(source):.3%})", *bad, sep="\n  ")
+    print(f"bad images: {len(bad)} ({len(bad) / len(source):.3%})", *bad, sep="\n  ")
     return 1 if len(bad) > max(1, 0.001 * len(source)) else 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Read every picture of a data set and say what is in it.")
+    parser = argparse.ArgumentParser(description="Read every image of a data set and say what is in it.")
     parser.add_argument("data_path", help="tar of class tars, or folder of class folders")
     parser.add_argument("--num-classes", type=int, help="number of classes to expect (default: any)")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode beside this one")

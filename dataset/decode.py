@@ -1,4 +1,4 @@
-"""Bytes of a picture file -> pixels; what is not a plain 8-bit RGB or grey picture raises BadPicture.
+"""Bytes of an image file -> pixels; what is not a plain 8-bit RGB or grey image raises BadImage.
 
 Pillow is the arbiter of what is bad: the fast decoder hands everything that is not an ordinary JPEG, or that it cannot
 decode, over to it. (Of 127,000 randomly damaged JPEGs the two disagreed about two.)
@@ -12,21 +12,21 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.io import decode_jpeg
 
 MAX_PIXELS = 100_000_000  # more is a damaged header or an attack; ImageNet's largest has 61 million
-MAX_ASPECT = 100  # longer side / shorter side; beyond it the resized picture would not fit in memory
+MAX_ASPECT = 100  # longer side / shorter side; beyond it the resized image would not fit in memory
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 
 
-class BadPicture(ValueError):
-    """The picture cannot be used; the text says why."""
+class BadImage(ValueError):
+    """The image cannot be used; the text says why."""
 
 
 def decode_exact(data: bytes, name: str = "") -> Image.Image:
-    """The picture as a loaded Pillow image of mode RGB; `name` tells which format it promises to be.
+    """The image as a loaded Pillow image of mode RGB; `name` tells which format it promises to be.
 
-    Raises BadPicture: empty, corrupt, truncated, not 8-bit RGB or grey, another format than its name says, too large.
+    Raises BadImage: empty, corrupt, truncated, not 8-bit RGB or grey, another format than its name says, too large.
     """
     if not data:
-        raise BadPicture("empty")
+        raise BadImage("empty")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         reason = _unwanted(image, data, name)
@@ -35,16 +35,16 @@ def decode_exact(data: bytes, name: str = "") -> Image.Image:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise BadPicture("corrupt: not the beginning of any picture format") from None
+        raise BadImage("corrupt: not the beginning of any image format") from None
     except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
-        raise BadPicture(f"corrupt or truncated: {error}") from error
+        raise BadImage(f"corrupt or truncated: {error}") from error
     if reason is not None:
-        raise BadPicture(reason)
+        raise BadImage(reason)
     return image
 
 
 def decode_fast(data: bytes, name: str = "") -> torch.Tensor:
-    """The same pixels as a uint8 tensor (3 or 1, H, W), by libjpeg-turbo. Raises BadPicture as `decode_exact`."""
+    """The same pixels as a uint8 tensor (3 or 1, H, W), by libjpeg-turbo. Raises BadImage as `decode_exact`."""
     if _is_ordinary_jpeg(data):
         try:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))

@@ -1,7 +1,7 @@
-"""The pictures as a map-style data set: a tar of class tars (never unpacked), or a folder of class folders.
+"""The images as a map-style data set: a tar of class tars (never unpacked), or a folder of class folders.
 
-`data[CropKey(epoch, index, p)]` is a training picture, the same whoever asks for it and when;
-`data[index]` is an evaluation picture: exact centre crop, no flip.
+`data[CropKey(epoch, index, p)]` is a training image, the same whoever asks for it and when;
+`data[index]` is an evaluation image: exact centre crop, no flip.
 """
 
 import os
@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dataset.decode import BadPicture, decode_exact, decode_fast
-from dataset.tar_index import PICTURE_SUFFIXES, load_index, member_name
-from dataset.transforms import Window, center_window, crop_exact, crop_fast, draw, random_window
+from dataset.decode import BadImage, decode_exact, decode_fast
+from dataset.draws import crop_draws, replacement
+from dataset.tar_index import IMAGE_SUFFIXES, load_index, member_name
+from dataset.transforms import Window, center_window, crop_exact, crop_fast, random_window
 
-MAX_REPLACEMENTS = 16  # bad pictures in a row
+MAX_REPLACEMENTS = 16  # bad images in a row
 
 
 class CropKey(NamedTuple):
-    """Address of one training picture: its crop and flip are a function of (seed, epoch, index)."""
+    """Address of one training image: its crop and flip are a function of (seed, epoch, index)."""
 
     epoch: int
     index: int
@@ -29,16 +30,16 @@ class CropKey(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One picture; torch's default_collate turns a list of them into one Sample of batches."""
+    """One image; torch's default_collate turns a list of them into one Sample of batches."""
 
     image: torch.Tensor  # uint8 (3, S, S)    batch: (b, 3, S, S)
     label: int  #                             batch: int64 (b,)
     index: int  # place in the data set       batch: int64 (b,)
-    bad: str  # "" or "NAME: reason" of the picture that this one replaces; batch: tuple of str
+    bad: str  # "" or "NAME: reason" of the image that this one replaces; batch: tuple of str
 
 
 class TarSource:
-    """Pictures of a tar of class tars; reads are os.pread, which no other process can disturb."""
+    """Images of a tar of class tars; reads are os.pread, which no other process can disturb."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -68,7 +69,7 @@ class TarSource:
         size = int(self.sizes[index])
         data = os.pread(self._fd, size, int(self.offsets[index]))
         if len(data) != size:
-            raise OSError(f"{self.path} was cut while in use: picture {index} has {len(data)} of {size} bytes")
+            raise OSError(f"{self.path} was cut while in use: image {index} has {len(data)} of {size} bytes")
         return data
 
     def file_name(self, index: int) -> str:
@@ -76,7 +77,7 @@ class TarSource:
 
 
 class FolderSource:
-    """Pictures of a folder of class folders; names are kept as one byte string, some 30 bytes per picture."""
+    """Images of a folder of class folders; names are kept as one byte string, some 30 bytes per image."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -88,10 +89,10 @@ class FolderSource:
             files = sorted(
                 entry.name
                 for entry in os.scandir(path / name)
-                if entry.name.lower().endswith(PICTURE_SUFFIXES) and entry.name[0] != "."
+                if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != "."
             )
             if not files:
-                raise ValueError(f"--data-path {path}: class folder {name} holds no pictures; remove or fill it")
+                raise ValueError(f"--data-path {path}: class folder {name} holds no images; remove or fill it")
             names += [os.fsencode(file) for file in files]
             counts.append(len(files))
         self.ends = np.cumsum(counts)
@@ -110,7 +111,7 @@ class FolderSource:
 
 
 class ImageDataset(Dataset):
-    """uint8 pictures of S x S and labels; `fast` chooses the decoder and resizer of training pictures."""
+    """uint8 images of S x S and labels; `fast` chooses the decoder and resizer of training images."""
 
     def __init__(
         self, source: TarSource | FolderSource, image_size: int, seed: int, fast: bool = True, flip: bool = True
@@ -132,28 +133,28 @@ class ImageDataset(Dataset):
         return int(np.searchsorted(self.source.ends, index, side="right"))
 
     def name(self, index: int) -> str:
-        """CLASS/FILE of a picture, for messages."""
+        """CLASS/FILE of an image, for messages."""
         return f"{self.classes[self.label(index)]}/{self.source.file_name(index)}"
 
     def __getitem__(self, key: CropKey | int) -> Sample:
-        """The picture, or another one of the data set in place of a bad one, chosen by (seed, epoch, index).
+        """The image, or another one of the data set in place of a bad one, chosen by (seed, epoch, index).
 
         Raises ValueError when 16 in a row are bad, OSError when the disk fails.
         """
         epoch, index = (key.epoch, key.index) if isinstance(key, CropKey) else (0, range(len(self))[key])
         bad = ""
         for attempt in range(MAX_REPLACEMENTS):
-            chosen = index if attempt == 0 else self._replacement(epoch, index, attempt)
+            chosen = index if attempt == 0 else replacement(self.seed, epoch, index, attempt, len(self))
             try:
                 image = self._training_view(key, chosen) if isinstance(key, CropKey) else self._centre_view(chosen)
-            except BadPicture as error:
+            except BadImage as error:
                 bad = bad or f"{self.name(index)}: {error}"
             else:
                 return Sample(image, self.label(chosen), index, bad)
-        raise ValueError(f"{MAX_REPLACEMENTS} bad pictures in a row, the first {bad}; run python -m dataset.check")
+        raise ValueError(f"{MAX_REPLACEMENTS} bad images in a row, the first {bad}; run python -m dataset.check")
 
     def _training_view(self, key: CropKey, chosen: int) -> torch.Tensor:
-        draws = draw(self.seed, key.epoch, key.index)
+        draws = crop_draws(self.seed, key.epoch, key.index)
         data = self.source.read(chosen)
         name = "" if data[:2] == b"\xff\xd8" else self.source.file_name(chosen)
         image = decode_fast(data, name) if self.fast else decode_exact(data, name)
@@ -170,10 +171,6 @@ class ImageDataset(Dataset):
         image = decode_exact(self.source.read(chosen), self.source.file_name(chosen))
         return _to_tensor(image, self.image_size, center_window(self.image_size, *image.size)).contiguous()
 
-    def _replacement(self, epoch: int, index: int, attempt: int) -> int:
-        raw = np.random.Philox(key=[self.seed, 2], counter=[0, attempt, epoch, index]).random_raw()
-        return int(raw) % len(self)
-
 
 def _to_tensor(image: Image.Image, size: int, window: Window) -> torch.Tensor:
     return torch.from_numpy(np.array(crop_exact(image, size, window))).permute(2, 0, 1)
@@ -184,14 +181,14 @@ def build_dataset(
 ) -> ImageDataset:
     """The data set at `data_path`, a tar of class tars or a folder of class folders; labels are sorted-name ranks.
 
-    `fast` decodes and resizes training pictures by libjpeg-turbo and torch (else pixel-equal to ADM's chain).
+    `fast` decodes and resizes training images by libjpeg-turbo and torch (else pixel-equal to ADM's chain).
     Raises ValueError, naming the flag, when the data are missing, of another form or of another number of classes.
     """
     return ImageDataset(open_source(data_path, num_classes), image_size, seed, fast, flip)
 
 
 def open_source(data_path: str | Path, num_classes: int | None = None) -> TarSource | FolderSource:
-    """The pictures at `data_path`; see `build_dataset` for the errors. `num_classes` None: any number of classes."""
+    """The images at `data_path`; see `build_dataset` for the errors. `num_classes` None: any number of classes."""
     path = Path(data_path).expanduser().resolve()
     if not path.exists():
         raise ValueError(f"--data-path {data_path}: no such file or folder")

@@ -1,4 +1,4 @@
-"""The order of training: which pictures each process sees at which step, from any step on.
+"""The order of training: which images each process sees at which step, from any step on.
 
 The global batch of a step is a slice of the permutation of (seed, epoch); each process takes its contiguous share.
 Nothing depends on the number of workers, and the global order on nothing but (seed, step).
@@ -6,11 +6,12 @@ Nothing depends on the number of workers, and the global order on nothing but (s
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from dataset.draws import epoch_order
 from dataset.imagenet import CropKey, ImageDataset, Sample
 
 
@@ -19,12 +20,6 @@ def crop_probability(epoch: int, decay_start: int, decay_end: int) -> float:
     if epoch >= decay_end:
         return 0.0
     return 1.0 if epoch < decay_start else (decay_end - epoch) / (decay_end - decay_start)
-
-
-def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The permutation of an epoch, int64 (length,): the ranks of counter-based random keys."""
-    keys = np.random.Philox(key=[seed, 0], counter=[0, 0, 0, epoch]).random_raw(length)
-    return np.argsort(keys, kind="stable")
 
 
 class TrainLoader:
@@ -45,7 +40,7 @@ class TrainLoader:
         self.start_step = start_step
         self.max_bad_share = max_bad_share
         self.report = report
-        self.num_replaced = 0  # pictures, since the start of this process
+        self.num_replaced = 0  # images, since the start of this process
         self._named: set[str] = set()
 
     def __iter__(self) -> Iterator[Sample]:
@@ -60,37 +55,27 @@ class TrainLoader:
                 bad_in_epoch += 1
                 if text not in self._named:
                     self._named.add(text)
-                    self.report(f"bad picture replaced ({len(self._named)} so far): {text}")
+                    self.report(f"bad image replaced ({len(self._named)} so far): {text}")
             if bad_in_epoch > allowed:
                 raise ValueError(
-                    f"{bad_in_epoch} bad pictures in one epoch, more than --max-bad-share {self.max_bad_share} allows "
+                    f"{bad_in_epoch} bad images in one epoch, more than --max-bad-share {self.max_bad_share} allows "
                     f"({allowed} per process), the last {text}; run python -m dataset.check, or raise --max-bad-share"
                 )
             yield batch
 
 
+@dataclass
 class _StepSampler:
     """Lists of CropKeys, one per micro-batch: rows first .. first + share - 1 of each step's global batch."""
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        seed: int,
-        steps: range,
-        global_batch_size: int,
-        batch_size: int,
-        first: int,
-        share: int,
-        aug_decay: tuple[int, int],
-    ):
-        self.dataset = dataset
-        self.seed = seed
-        self.steps = steps
-        self.global_batch_size = global_batch_size
-        self.batch_size = batch_size
-        self.first = first
-        self.share = share
-        self.aug_decay = aug_decay
+    dataset: ImageDataset
+    seed: int
+    steps: range
+    global_batch_size: int
+    batch_size: int
+    first: int
+    share: int
+    aug_decay: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.steps) * self.share // self.batch_size
@@ -125,20 +110,12 @@ def train_loader(
     pin_memory: bool = False,
     report: Callable[[str], None] = print,
 ) -> TrainLoader:
-    """Micro-batches of `batch_size` pictures for steps start_step .. num_steps - 1 (incomplete ones left out).
+    """Micro-batches of `batch_size` images for steps start_step .. num_steps - 1 (incomplete ones left out).
 
-    global_batch_size = world_size * batch_size * gradient accumulation. `report` gets one line per bad picture.
-    Raises ValueError, naming the flag, when the numbers do not fit; while iterating, when too many pictures are bad.
+    global_batch_size = world_size * batch_size * gradient accumulation, at most the images there are. `report` gets
+    one line per bad image. Raises ValueError, naming the flag, for steps or epochs in the wrong order; while iterating,
+    when too many images are bad.
     """
-    if batch_size < 1 or global_batch_size < 1 or global_batch_size % (world_size * batch_size):
-        raise ValueError(
-            f"--global-batch-size {global_batch_size} is not a multiple of {world_size} processes "
-            f"x {batch_size} pictures per micro-batch; change it, --grad-accum-steps or the number of processes"
-        )
-    if len(dataset) < global_batch_size:
-        raise ValueError(
-            f"--global-batch-size {global_batch_size} is more than the {len(dataset)} pictures of --data-path; lower it"
-        )
     if not 0 <= start_step <= num_steps:
         raise ValueError(f"start step {start_step} is not within 0 .. {num_steps} steps; raise --epochs or --max-steps")
     if aug_decay_end < aug_decay_start:
@@ -146,8 +123,6 @@ def train_loader(
             f"--aug-decay-end-epoch {aug_decay_end} lies before --aug-decay-start-epoch {aug_decay_start}; "
             "set it to the same epoch or a later one"
         )
-    if num_workers < 0:
-        raise ValueError(f"--num-workers {num_workers} is negative; 0 loads in the training process")
     share = global_batch_size // world_size
     sampler = _StepSampler(
         dataset,

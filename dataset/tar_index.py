@@ -1,4 +1,4 @@
-"""Where every picture of a tar of class tars lies, found from the headers alone and kept in a small file.
+"""Where every image of a tar of class tars lies, found from the headers alone and kept in a small file.
 
 The archive (ILSVRC2012_img_train.tar: a tar of 1,000 tars named by synset) is never unpacked. Building walks the
 512-byte headers with os.pread; the result is an .npz next to the tar, or in $SPHEREAR_CACHE (default
@@ -8,7 +8,6 @@ The archive (ILSVRC2012_img_train.tar: a tar of 1,000 tars named by synset) is n
 import fcntl
 import hashlib
 import os
-import tempfile
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,17 +15,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.files import atomic_file, cache_folder
+
 BLOCK = 512  # bytes: a header, and the unit to which payloads are padded
 VERSION = 1  # of the index file; another number means "rebuild"
-PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class TarIndex(NamedTuple):
-    """N pictures of K classes; pictures are ordered by class, then as in the tar. 12 bytes per picture."""
+    """N images of K classes; images are ordered by class, then as in the tar. 12 bytes per image."""
 
     classes: list[str]  # K names, sorted: the position is the label
-    ends: np.ndarray  # (K,) int64: pictures of class k are ends[k-1] .. ends[k]-1
-    offsets: np.ndarray  # (N,) int64: first byte of the picture in the outer tar
+    ends: np.ndarray  # (K,) int64: images of class k are ends[k-1] .. ends[k]-1
+    offsets: np.ndarray  # (N,) int64: first byte of the image in the outer tar
     sizes: np.ndarray  # (N,) uint32: bytes
 
 
@@ -67,9 +68,9 @@ def build_index(tar_path: str | Path) -> TarIndex:
             raise ValueError(f"--data-path {tar_path}: two class tars are named {name}; expected one tar per class")
         offsets, sizes, counts = [], [], []
         for name, start, size in tars:
-            found = _walk(fd, start, start + size, f"{tar_path}, class {name}", PICTURE_SUFFIXES)
+            found = _walk(fd, start, start + size, f"{tar_path}, class {name}", IMAGE_SUFFIXES)
             if not found[0]:
-                raise ValueError(f"--data-path {tar_path}: class {name} holds no pictures; remove it or repair the tar")
+                raise ValueError(f"--data-path {tar_path}: class {name} holds no images; remove it or repair the tar")
             offsets.append(np.array(found[1], np.int64))
             sizes.append(np.array(found[2], np.uint32))
             counts.append(len(found[0]))
@@ -177,9 +178,8 @@ def _pax_records(text: bytes, where: str) -> dict[str, str]:
 
 def _places(path: Path) -> list[Path]:
     """Where the index file of this tar may lie, in order of preference."""
-    cache = Path(os.environ.get("SPHEREAR_CACHE") or Path.home() / ".cache" / "spherear")
     tag = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    return [path.with_name(path.name + ".index.npz"), cache / f"{path.name}.{tag}.index.npz"]
+    return [path.with_name(path.name + ".index.npz"), cache_folder() / f"{path.name}.{tag}.index.npz"]
 
 
 def _load_stored(path: Path, stat: os.stat_result) -> TarIndex | None:
@@ -218,18 +218,10 @@ def _store(index: TarIndex, path: Path, stat: os.stat_result) -> None:
     for place in _places(path):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            fd, temporary = tempfile.mkstemp(prefix=place.name, suffix=".tmp", dir=place.parent)
-            try:
-                with os.fdopen(fd, "wb") as file:
-                    np.savez(
-                        file, key=key, classes=index.classes, ends=index.ends, offsets=index.offsets, sizes=index.sizes
-                    )
-                    file.flush()
-                    os.fchmod(fd, 0o644)
-                    os.fsync(fd)
-                os.replace(temporary, place)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            with atomic_file(place) as file:
+                np.savez(
+                    file, key=key, classes=index.classes, ends=index.ends, offsets=index.offsets, sizes=index.sizes
+                )
             return
         except OSError as error:
             errors.append(f"{place}: {error.strerror}")

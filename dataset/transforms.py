@@ -1,6 +1,6 @@
-"""ADM's crops and the flip: pure functions of the picture and of explicit draws.
+"""ADM's crops and the flip: pure functions of the image and of explicit draws.
 
-Shape letters: S side of the result, h and w of the picture. `short_side` is what the shorter side is resized to.
+Shape letters: S side of the result, h and w of the image. `short_side` is what the shorter side is resized to.
 """
 
 import math
@@ -11,17 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dataset.draws import CropDraws
+
 MIN_CROP, MAX_CROP = 0.8, 1.0  # share of the resized shorter side that a random crop keeps
-
-
-class Draws(NamedTuple):
-    """Everything random about one training picture; the four numbers lie in [0, 1)."""
-
-    choice: float  # random crop when below the augmentation probability, else centre crop
-    scale: float  # -> short_side
-    top: float  # -> first row of the window
-    left: float  # -> first column of the window
-    flip: bool
 
 
 class Window(NamedTuple):
@@ -34,15 +26,8 @@ class Window(NamedTuple):
     left: int
 
 
-def draw(seed: int, epoch: int, index: int) -> Draws:
-    """The draws of picture `index` in `epoch`: counter-based (Philox), so no two pictures share a stream."""
-    raw = np.random.Philox(key=[seed, 1], counter=[0, 0, epoch, index]).random_raw(5)
-    choice, scale, top, left, flip = (raw >> np.uint64(11)) * 2.0**-53
-    return Draws(choice, scale, top, left, bool(flip < 0.5))
-
-
-def random_window(draws: Draws, size: int, width: int, height: int) -> Window:
-    """The window of a random crop (ADM's random_crop_arr) of a picture of width x height."""
+def random_window(draws: CropDraws, size: int, width: int, height: int) -> Window:
+    """The window of a random crop (ADM's random_crop_arr) of an image of width x height."""
     low, high = math.ceil(size / MAX_CROP), math.ceil(size / MIN_CROP)
     short_side = low + int(draws.scale * (high - low + 1))
     width, height = _resized(width, height, short_side)
@@ -51,7 +36,7 @@ def random_window(draws: Draws, size: int, width: int, height: int) -> Window:
 
 
 def center_window(size: int, width: int, height: int) -> Window:
-    """The window of the centre crop (ADM's center_crop_arr) of a picture of width x height."""
+    """The window of the centre crop (ADM's center_crop_arr) of an image of width x height."""
     width, height = _resized(width, height, size)
     return Window(size, width, height, (height - size) // 2, (width - size) // 2)
 
@@ -71,7 +56,7 @@ def crop_exact(image: Image.Image, size: int, window: Window) -> Image.Image:
 def crop_fast(image: torch.Tensor, size: int, window: Window) -> torch.Tensor:
     """The same crop of a uint8 tensor (C, h, w) as (C, S, S) by torch's antialiased bicubic.
 
-    Some 0.4 % of the values differ from `crop_exact`, by at most 2 of 255. Pictures to be halved go to Pillow for that.
+    Some 0.4 % of the values differ from `crop_exact`, by at most 2 of 255. Images to be halved go to Pillow for that.
     """
     if min(image.shape[1:]) >= 2 * window.short_side:
         pixels = image.permute(1, 2, 0).squeeze(2).numpy()

@@ -36,17 +36,22 @@ def build(config: Config) -> SphereAR | SVAE:
     return SVAE(config) if isinstance(config, SVAEConfig) else SphereAR(config)
 
 
-def checkpoint_state(model: SphereAR | SVAE) -> dict[str, Tensor]:
-    """The model's state dict under the released names (an S-VAE's carry the prefix `vae.`)."""
-    state = model.state_dict()
+def checkpoint_state(model: SphereAR | SVAE, changes: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's state dict, with `changes` to it, under the released names (an S-VAE's carry the prefix `vae.`)."""
+    state = model.state_dict() | (changes or {})
     return {f"vae.{name}": value for name, value in state.items()} if isinstance(model, SVAE) else state
+
+
+def own_names(model: SphereAR | SVAE, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of released names under the model's own: what `checkpoint_state` changed, back."""
+    if isinstance(model, SVAE):
+        return {name.removeprefix("vae."): value for name, value in state.items() if name.startswith("vae.")}
+    return state
 
 
 def load_state(model: SphereAR | SVAE, state: dict[str, Tensor], assign: bool = False) -> None:
     """Load a state dict of released names, strictly; `assign` takes its tensors instead of copying them."""
-    if isinstance(model, SVAE):
-        state = {name.removeprefix("vae."): value for name, value in state.items() if name.startswith("vae.")}
-    model.load_state_dict(state, strict=True, assign=assign)
+    model.load_state_dict(own_names(model, state), strict=True, assign=assign)
 
 
 def infer_config(state: dict[str, Tensor]) -> Config:

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from models.losses import discriminator_loss
+
 WIDTHS = 64, 128, 256, 512
 STRIDES = 2, 2, 2, 1
 
@@ -34,3 +36,14 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.net(images)
+
+
+class Adversary(nn.Module):
+    """The discriminator's training graph: both its batches in one call, each normed by its own statistics."""
+
+    def __init__(self, discriminator: PatchDiscriminator):
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+        return discriminator_loss(self.discriminator(images), self.discriminator(reconstruction))

@@ -1,13 +1,17 @@
 """Files that are complete and on the disk, or not there; JSON, checksums, and the folder for what can be made again."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +40,42 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what a killed atomic_file left of files whose names match the regular expression `name`, and no other.
+
+    Only for a folder that is locked: another process could be writing one.
+    """
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(rf"\.({name})\.\d+-\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+def lock(folder: Path, stack: ExitStack, flag: str) -> bool:
+    """Lock the folder until `stack` closes, or its process ends; False on a file system without locks.
+
+    The lock is the kernel's, on folder/.lock, which says who holds it. ValueError (of `flag`) names who has it.
+    """
+    path = folder / ".lock"
+    while True:
+        file = stack.enter_context(open(path, "a+"))  # noqa: SIM115 (held until the stack closes)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another run"
+            raise ValueError(f"{flag} {folder} is in use by {holder}; wait for it, end it, or choose another") from None
+        except OSError:
+            return False
+        if os.fstat(file.fileno()).st_nlink:  # else its last holder removed it between our two lines
+            break
+    stack.callback(path.unlink, missing_ok=True)  # before the lock is given up
+    with suppress(OSError):  # a full disk
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        file.flush()
+    return True
 
 
 def sync(path: Path) -> None:

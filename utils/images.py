@@ -1,5 +1,7 @@
 """Images: bytes and floats, PNG files, and the contact sheet: one row per class, its name in front."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,22 @@ def write_png(path: Path, image: np.ndarray) -> None:
     """An image (uint8, H W 3) as a file, atomically."""
     with atomic_file(path) as file:
         Image.fromarray(image).save(file, format="PNG")
+
+
+def png_path(folder: str | Path, index: int) -> Path:
+    """Where image `index` of a folder of images stands."""
+    return Path(folder) / f"{index:06d}.png"
+
+
+def has_pngs(folder: Path) -> bool:
+    return any(re.fullmatch(r"\d{6,}\.png", path.name) for path in folder.iterdir())
+
+
+def write_missing_pngs(folder: Path, count: int, read: Callable[[int], np.ndarray]) -> None:
+    """Write those of images 0 to count − 1 that the folder lacks; read(index) gives one (uint8, H W 3)."""
+    for index in range(count):
+        if not png_path(folder, index).exists():
+            write_png(png_path(folder, index), read(index))
 
 
 def class_names(num_classes: int) -> list[str]:

@@ -1,45 +1,34 @@
 """A tiny data set, and training runs small enough for tests: in this process or as processes of their own."""
 
-import io
 import os
+import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import train
 from models import PRESETS, SVAE, checkpoint_state, config_to_dict
-from utils.training.checkpoints import load
+from tests.helpers.dataset_tars import class_tars, enlarged
+from utils import checkpoint_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, PER_CLASS, BATCH = 4, 13, 8
-STEPS_PER_EPOCH = CLASSES * PER_CLASS // BATCH  # 6, with 4 pictures left over
+STEPS_PER_EPOCH = CLASSES * PER_CLASS // BATCH  # 6, with 4 images left over
 
 
 def write_tar(path: Path) -> Path:
-    """A tar of class tars with 13 pictures of 32 x 40 pixels for each of 4 classes."""
+    """A tar of class tars with 13 images of 32 x 40 pixels for each of 4 classes."""
     rng = np.random.default_rng(0)
-    with tarfile.open(path, "w") as outer:
-        for label in range(CLASSES):
-            inner_bytes = io.BytesIO()
-            with tarfile.open(fileobj=inner_bytes, mode="w") as inner:
-                for i in range(PER_CLASS):
-                    picture = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-                    jpeg = io.BytesIO()
-                    Image.fromarray(picture).resize((40, 32)).save(jpeg, "JPEG", quality=95)
-                    add(inner, f"n{label:08d}_{i}.JPEG", jpeg.getvalue())
-            add(outer, f"n{label:08d}.tar", inner_bytes.getvalue())
-    return path
-
-
-def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
+    return class_tars(path, {
+        f"n{label:08d}": {
+            f"n{label:08d}_{i}.JPEG": enlarged(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), 40, 32, quality=95)
+            for i in range(PER_CLASS)
+        }
+        for label in range(CLASSES)
+    })  # fmt: skip
 
 
 def write_svae(path: Path) -> Path:
@@ -58,7 +47,8 @@ def flags(data: Path, results: Path, *extra: object, svae: Path | None = None) -
         "--warmup-steps", 1, "--decay-start", -1,
     ]  # fmt: skip
     ar = ["--trained-vae", svae, "--ema", 0.9]
-    vae_only = ["--vae-only", "--perceptual-weight", 0, "--disc-start", 3, "--ema", 0.9]
+    vae_only = ["--vae-only", "--perceptual-weight", 0, "--ema", 0.9]
+    vae_only += [] if "--disc-weight" in extra else ["--disc-start", 3]
     return [str(flag) for flag in (*common, *(ar if svae else vae_only), *extra)]
 
 
@@ -68,8 +58,16 @@ def run_here(*command: str) -> dict:
     return last(command)
 
 
+def assert_refused(capsys, message: str, command: list[str]) -> None:
+    """train.py refuses a command, in this process, with one line that matches `message`."""
+    capsys.readouterr()
+    assert train.main(command) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and re.match(f"train.py: error: .*{message}", lines[0]), lines
+
+
 def last(command: list[str]) -> dict:
-    return load(Path(command[list(command).index("--results-dir") + 1], "checkpoints", "last.pt"))
+    return checkpoint_file.read(Path(command[list(command).index("--results-dir") + 1], "checkpoints", "last.pt"))
 
 
 def start(*command: str, processes: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.Popen:

