@@ -22,6 +22,8 @@ def config_to_dict(config: Config) -> dict:
 
 def config_from_dict(values: dict) -> Config:
     """The config that `config_to_dict` wrote. Raises ValueError for unknown or missing fields, and wrong values."""
+    if not isinstance(values, dict):
+        raise ValueError(f"not a SphereAR or S-VAE config: {str(values)[:80]}")
     try:
         values = dict(values)
         svae = values.pop("svae", None)
