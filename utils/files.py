@@ -60,6 +60,7 @@ def lock(folder: Path, stack: ExitStack, flag: str) -> bool:
     path = folder / ".lock"
     while True:
         file = stack.enter_context(open(path, "a+"))  # noqa: SIM115 (held until the stack closes)
+        os.register_at_fork(after_in_child=file.close)  # a loader's worker may live on for a moment
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
