@@ -154,4 +154,9 @@ def _say(name: str, error: Exception | str) -> None:
     """One error line: from rank 0 alone where every process has the same error, else from whoever has it."""
     if distributed.is_main() or not distributed.is_shared(error):
         where = f" (process {distributed.rank()})" if "RANK" in os.environ and not distributed.is_shared(error) else ""
-        print(f"{name}: error{where}: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text as one line, with everything escaped that a terminal would obey or cannot show: file names hold anything."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
