@@ -8,12 +8,14 @@ import argparse
 import copy
 import dataclasses
 import sys
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from dataset import Sample, build_dataset, train_loader
 from models import (
@@ -31,12 +33,12 @@ from models import (
     generate_tokens,
     load_state,
     own_names,
-    stem_channels_for,
 )
 from models.discriminator import Adversary, PatchDiscriminator
 from models.losses import adversarial_loss, adversarial_weight, reconstruction_loss
 from models.lpips import LPIPS, vgg_weights
 from models.posteriors import POSTERIORS, Draws
+from models.svae import PROJECTIONS
 from utils import checkpoint_file, distributed, script
 from utils.images import to_float
 from utils.provenance import versions
@@ -44,30 +46,16 @@ from utils.sampling.draws import image_noise
 from utils.training.checkpoints import CheckpointFolder, Entry
 from utils.training.draws import StepDraws
 from utils.training.ema import EMA
+from utils.training.latents import measure_scale
 from utils.training.optim import learning_rate, load_optimizer, set_lr
-from utils.training.options import check_run, check_same_run, parse_args
+from utils.training.options import ar_config, check_run, check_same_run, parse_args, svae_config
 from utils.training.players import Player, make_player
 from utils.training.preemption import Preemption
 from utils.training.tracker import Progress, Tracker
 
 NUM_PREVIEWS = 16
+NUM_MEASURED, MEASURED_AT_ONCE = 8192, 64  # images for the scale of flat latents, over all processes
 PREVIEW_SETTINGS = SamplingSettings(cfg_scale=3.0, num_sampling_steps=50)
-
-
-# ---- architecture: a preset with the flags' changes ------------------------------------------------------------------
-
-
-def svae_config(args: argparse.Namespace) -> SVAEConfig:
-    """The S-VAE of --model with the flags' changes."""
-    config = PRESETS[args.model].svae
-    changes = {
-        name: getattr(args, name)
-        for name in ("image_size", "patch_size", "latent_dim")
-        if getattr(args, name) is not None
-    }
-    if changes.get("patch_size", config.patch_size) != config.patch_size:
-        changes["stem_channels"] = stem_channels_for(changes["patch_size"], config.width)
-    return dataclasses.replace(config, **changes)
 
 
 def load_svae(path: str) -> SVAE:
@@ -77,21 +65,6 @@ def load_svae(path: str) -> SVAE:
     except ValueError as error:
         raise ValueError(f"--trained-vae {error}; train one with --vae-only, or name its file") from error
     return model if isinstance(model, SVAE) else model.vae
-
-
-def ar_config(args: argparse.Namespace, svae: SVAEConfig) -> SphereARConfig:
-    """The AR model of --model over a trained S-VAE. Raises ValueError where a flag contradicts that S-VAE."""
-    for name in ("image_size", "patch_size", "latent_dim"):
-        asked, trained = getattr(args, name), getattr(svae, name)
-        if asked not in (None, trained):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {asked}: the S-VAE {args.trained_vae} was trained with {trained}; "
-                "leave the flag out, or give the S-VAE that fits"
-            )
-    names = dict(num_classes="num_classes", num_class_tokens="cls_token_num", class_dropout_prob="class_dropout",
-                 diffusion_batch_mul="diff_batch_mul")  # fmt: skip
-    changes = {field: getattr(args, flag) for field, flag in names.items() if getattr(args, flag) is not None}
-    return dataclasses.replace(PRESETS[args.model], svae=svae, **changes)
 
 
 # ---- the two stages: build, and one step -----------------------------------------------------------------------------
@@ -130,6 +103,9 @@ class Stage:
 
     def check_continues(self, state: dict) -> None:
         """Raises ValueError where the checkpoint `state` cannot be continued in this stage."""
+
+    def finish(self, averaged: nn.Module, data: Dataset, step: int, report: Callable[[str], None]) -> None:
+        """What is left to do after the last update and before it is saved."""
 
 
 def posterior_draws(svae: SVAE, draws: StepDraws) -> Draws:
@@ -209,6 +185,19 @@ class SVAEStage(Stage):
         images = self.images(batch)[:NUM_PREVIEWS]
         return torch.cat([images, averaged.decode(averaged.to_tokens(averaged.encode(images).mode())).float()])
 
+    def finish(self, averaged: SVAE, data: Dataset, step: int, report: Callable[[str], None]) -> None:
+        """Measure the shift and scale of flat latents, which the AR model will need."""
+        if not averaged.config.is_flat:
+            return
+        mine = Subset(data, range(min(len(data), NUM_MEASURED))[distributed.rank() :: distributed.world_size()])
+        batches = DataLoader(mine, MEASURED_AT_ONCE, generator=torch.Generator())  # else it draws from torch's own
+        found = measure_scale(
+            averaged.encode(self.images(batch)).sample_from(posterior_draws(averaged, self.draws(batch, step)))
+            for batch in batches
+        )
+        self.model.config = dataclasses.replace(averaged.config, latent_shift=found.shift, latent_scale=found.scale)
+        report(str(found))
+
 
 class ARStage(Stage):
     """The flow-matching loss of next tokens, on fresh samples of the frozen S-VAE's posterior."""
@@ -272,14 +261,14 @@ def compile_blocks(*modules: nn.Module) -> None:
 
 def checkpoint_entries(stage: Stage, ema: EMA | None, progress: Progress, args: argparse.Namespace) -> dict[str, Entry]:
     """All that a checkpoint holds, under the published names where there are any."""
-    model, config = stage.model, config_to_dict(stage.model.config)
+    model = stage.model
     entries = {
         "model": Entry(lambda: checkpoint_state(model), partial(load_state, model)),
         "rng": Entry(torch.get_rng_state, torch.set_rng_state),
         "step": Entry(lambda: progress.step, partial(setattr, progress, "step")),
         # compared with this run's by check_same_run
         "args": Entry(lambda: args),
-        "config": Entry(lambda: config),
+        "config": Entry(lambda: config_to_dict(model.config)),
         # for people
         "epochs": Entry(lambda: progress.epoch),
         "step_in_epoch": Entry(lambda: progress.step_in_epoch),
@@ -319,14 +308,14 @@ def restore(checkpoints: CheckpointFolder, stage: Stage, entries: dict[str, Entr
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def log_preview(tracker: Tracker, stage: Stage, ema: EMA | None, batch: Sample) -> None:
-    """Images by a copy of the model with the averaged weights: training's own is not disturbed, nor compiled anew."""
-    averaged = copy.deepcopy(stage.model).eval()
+@contextmanager
+def averaged(stage: Stage, ema: EMA | None) -> Iterator[nn.Module]:
+    """A copy of the model with the averaged weights: training's own is not disturbed, nor compiled anew."""
+    model = copy.deepcopy(stage.model).eval()
     if ema is not None:
-        averaged.load_state_dict(ema.state_dict(), strict=False)
-    with stage.autocast:
-        tracker.image("images", stage.preview(averaged, batch))
+        model.load_state_dict(ema.state_dict(), strict=False)
+    with torch.no_grad(), stage.autocast:
+        yield model
 
 
 def stop_if_broken(tracker: Tracker, checkpoints: CheckpointFolder, limit: int) -> bool:
@@ -359,10 +348,11 @@ def train(args: argparse.Namespace) -> int:
     distributed.from_main(checkpoints.clean)
     with distributed.all_or_none():
         vae = None if args.vae_only else load_svae(args.trained_vae)
-        config = svae_config(args) if vae is None else ar_config(args, vae.config)
+        preset = PRESETS[args.model]
+        config = svae_config(args, preset.svae) if vae is None else ar_config(args, preset, vae.config)
         data = build_dataset(
             args.data_path, (config if vae is None else config.svae).image_size,
-            num_classes=PRESETS[args.model].num_classes if args.num_classes is None else args.num_classes,
+            num_classes=preset.num_classes if args.num_classes is None else args.num_classes,
             seed=args.global_seed, flip=not args.no_flip,
         )  # fmt: skip
         steps_per_epoch = len(data) // args.global_batch_size
@@ -420,7 +410,11 @@ def train(args: argparse.Namespace) -> int:
                 stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
                 tracker.log(lr)
             if args.sample_every and step % args.sample_every == 0 and distributed.is_main():
-                log_preview(tracker, stage, ema, batches[0])
+                with averaged(stage, ema) as model:
+                    tracker.image("images", stage.preview(model, batches[0]))
+            if progress.is_done:
+                with averaged(stage, ema) as model:
+                    stage.finish(model, data, step, tracker.print)
             if step % args.save_every == 0 or ends_epoch or is_end:
                 skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
                 kept = ends_epoch and progress.epoch % args.keep_freq == 0
@@ -441,9 +435,13 @@ def warn(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    return parse_args(argv, __doc__, list(PRESETS), list(POSTERIORS), list(PROJECTIONS))
+
+
 def main(argv: list[str] | None = None) -> int:
     return script.run(
-        "train.py", lambda words: parse_args(words, __doc__, list(PRESETS)), train, argv,
+        "train.py", parse, train, argv,
         when_stopped="the same command continues from the last checkpoint, if there is one",
         out_of_memory="Raise --grad-accum-steps (same update, less memory), or add --grad-checkpointing.",
     )  # fmt: skip

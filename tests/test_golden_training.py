@@ -23,7 +23,7 @@ import utils.training.optim
 from dataset import ImageDataset, Sample
 from models import PRESETS, SVAE, PowerSpherical, SphereAR, checkpoint_state, config_to_dict
 from models.discriminator import PatchDiscriminator
-from tests.helpers.dataset_tars import picture as jpeg
+from tests.helpers.dataset_tars import image_file as jpeg
 from tests.helpers.small_run import run_here
 from tests.test_golden import TOY, normal, parameter, random_state, uniform
 from utils.noise import Purpose

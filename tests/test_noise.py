@@ -58,7 +58,9 @@ def test_a_value_depends_on_its_address_alone(draw):
         assert not (other == block[4, 2, 31]).any()
 
 
-@pytest.mark.parametrize("name, value", [("seed", -1), ("seed", 2**64), ("step", 2**32), ("token", 4096), ("count", -1)])
+@pytest.mark.parametrize(
+    "name, value", [("seed", -1), ("seed", 2**64), ("step", 2**32), ("token", 4096), ("count", -1)]
+)
 def test_numbers_that_do_not_fit_are_refused(name, value):
     arguments = {"seed": 0, "purpose": Purpose.SAMPLING, "index": 0, "count": 4, name: value}
     with pytest.raises(ValueError, match=f"{name} "):

@@ -13,7 +13,9 @@ from PIL import Image
 
 import models
 from models import PRESETS, SphereAR, checkpoint_state, config_to_dict
-from tests.helpers.sampling import load, sample_here, start, wait_for_first_shard, write_checkpoint
+from tests.helpers.nano import stirred_nano
+from tests.helpers.sampling import calm_nano, load, sample_here, start, wait_for_first_shard, write_checkpoint
+from utils import checkpoint_file
 from utils.sampling import few_rows, shards
 from utils.sampling.draws import compiled_normals
 from utils.sampling.run_folder import key_of
@@ -222,6 +224,50 @@ def test_a_foreign_shards_folder_is_left_alone(sample, tmp_path):
         assert list((folder / "shards").iterdir()) == [foreign[0]]
 
 
+# ---- the checkpoint --------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_the_checkpoint_is_found(sample, ckpt, tmp_path, capsys):
+    content = bytearray(ckpt.read_bytes())
+    content[len(content) // 3] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    assert sample("run", "--num-fid-samples", 2, "--ckpt", tmp_path / "flipped.pt")[0] == 2
+    assert "flipped.pt: not a readable checkpoint" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_link_that_moves_on_changes_nothing(sample, ckpt, tmp_path, monkeypatch):
+    _, direct = sample("direct", "--num-fid-samples", 2, "--to-npz")
+    link = tmp_path / "last.pt"
+    link.symlink_to(ckpt)
+    other = write_checkpoint(tmp_path / "other.pt", model=checkpoint_state(stirred_nano()))
+
+    def hash_and_move(path, hash=checkpoint_file.sha256):
+        digest = hash(path)
+        link.unlink()
+        link.symlink_to(other)
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_file, "sha256", hash_and_move)
+        code, folder = sample("run", "--num-fid-samples", 2, "--to-npz", "--ckpt", link)
+    assert code == 0 and (folder / "samples.npz").read_bytes() == (direct / "samples.npz").read_bytes()
+    receipts = [json.loads((folder / "samples.json").read_text()) for folder in (direct, folder)]
+    assert receipts[0]["settings"] == receipts[1]["settings"]
+    assert receipts[1]["checkpoint"] == str(ckpt.resolve())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("precision", ["none", "bf16"])
+def test_checkpoints_of_other_dtypes_are_sampled_from_in_float32(sample, tmp_path, dtype, precision):
+    state = checkpoint_state(calm_nano())
+    other = {name: value.to(dtype) for name, value in state.items()}
+    write_checkpoint(tmp_path / "other.pt", model=other)
+    write_checkpoint(tmp_path / "float32.pt", model={name: value.float() for name, value in other.items()})
+    flags = "--num-fid-samples", 2, "--to-npz", "--mixed-precision", precision, "--ckpt"
+    images = [load(sample(name, *flags, tmp_path / f"{name}.pt")[1])[0] for name in ("other", "float32")]
+    assert (images[0] == images[1]).all()
+
+
 # ---- clear errors ----------------------------------------------------------------------------------------------------
 
 
@@ -262,12 +308,14 @@ def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
         (["--cfg-scale", "inf"], "--cfg-scale: inf must be at least 1"),
         (["--class-ids", "10"], "--class-ids 10 must lie in 0 to 9"),
         (["--class-ids", "dog"], "--class-ids: dog must be numbers"),
-        (["--num-fid-samples", "0"], "--num-fid-samples: 0 must be at least 1"),
+        (["--num-fid-samples", "0"], "--num-fid-samples: 0 must lie in [1, 10000000]"),
         (["--per-proc-batch-size", "0"], "--per-proc-batch-size: 0 must be at least 1"),
         (["--global-seed", "-1"], "--global-seed: -1 must lie in 0 to 2^64 - 1"),
         (["--model", "SphereAR-B"], "--model SphereAR-B does not fit"),
         (["--ckpt", "missing.pt"], "missing.pt: no such checkpoint"),
         (["--ckpt", __file__], "not a readable checkpoint"),
+        (["--num-fid-samples", "99999999999"], "--num-fid-samples: 99999999999 must lie in [1, 10000000]"),
+        (["--global-seed", str(2**64)], f"--global-seed: {2**64} must lie in 0 to 2^64 - 1"),
         (["--sample-dir", __file__], "test_sample_ddp.py"),
     ],
 )
