@@ -8,6 +8,7 @@ SAMPLE.json. Exit status: 0, 2 for an input that cannot be evaluated (one line s
 """
 
 import argparse
+import signal
 import sys
 import threading
 import time
@@ -15,6 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a traceback
 
 import numpy as np
 import torch
@@ -90,7 +94,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     distributed.from_main(lambda: results.check_outputs(*paths, cache_features=args.cache_features))
     notes = inspect(*files)
     for note in notes:
-        distributed.print0(f"warning: {note}", file=sys.stderr)
+        distributed.print0(f"warning: {script.printable(note)}", file=sys.stderr)
     batch_size = min(args.batch_size or (2 if device.type == "cpu" else 64), max(file.count for file in files))
     with distributed.all_or_none():
         workers = min(choose_workers(args, device, batch_size, file) for file in files if file.count)

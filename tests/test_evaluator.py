@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,41 @@ def test_ctrl_c_is_one_line_and_writes_nothing(files, tmp_path, instant, capfd, 
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
 
 
+def test_ctrl_c_while_it_starts_leaves_no_traceback(tmp_path):
+    """Within the seconds of imports, before the handlers of utils.script are there."""
+    process = subprocess.Popen([sys.executable, "-X", "importtime", "evaluator.py", "a", "b"], cwd=ROOT, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    for line in process.stderr:
+        if "numpy" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in err and "evaluator.py" not in err
+
+
+def test_any_file_name_will_do_and_none_reaches_the_terminal_as_it_is(files, tmp_path, instant, capfd):
+    samples = tmp_path / "s\udcffmples\x1b[31m.npz"  # bytes that are no UTF-8, and a terminal's command
+    samples.write_bytes((files / "samples.npz").read_bytes())
+    assert run(files / "reference.npz", samples) == 0
+    assert evaluation(samples)["samples"]["path"] == str(samples)
+    assert "\x1b[31m" not in capfd.readouterr().err
+    assert run(samples.with_suffix(".json"), samples) == 2
+    err = capfd.readouterr().err
+    assert "s\\udcffmples\\x1b[31m.json" in err and "\x1b" not in err
+
+
+def test_torchs_own_warnings_are_shown(files, instant, monkeypatch):
+    """Such as that no GPU is found because the driver is too old."""
+
+    def is_available():
+        warnings.warn_explicit("CUDA initialization: too old", UserWarning, "torch/cuda.py", 1, module="torch.cuda")
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    with pytest.warns(UserWarning, match="too old"):
+        assert run(files / "reference.npz", files / "samples.npz") == 0
+
+
 def test_features_that_are_not_finite_are_an_error(files, instant, capfd):
     instant.pool[0] = torch.nan
     assert run(files / "reference.npz", files / "samples.npz") == 2
@@ -256,6 +292,9 @@ BAD = {
     "damaged|cut short|beyond|not where": cut_inside,
     "no .npz file": lambda path: path.write_bytes(b"text"),
     "no .npz file, or": lambda path: path.write_bytes(b""),
+    "it is empty": lambda path: path.write_bytes(b""),
+    "it is a web page": lambda path: path.write_bytes(b"<!doctype html>\n<html>"),
+    "it is a Git-LFS pointer": lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
     "no such file": lambda path: None,
     "Fortran": lambda path: np.savez(path, np.asfortranarray(good())),
     "only one of mu and sigma": lambda path: np.savez(path, mu=np.zeros(2048)),
