@@ -1,9 +1,9 @@
-"""Inception Score, FID, sFID, precision and recall of samples against a reference, as the ADM evaluator computes them.
+"""Inception Score, FID, sFID, precision and recall of samples against a reference as the ADM evaluator has them; MIND.
 
     python evaluator.py REF.npz SAMPLE.npz
     torchrun --nproc_per_node=8 evaluator.py REF.npz SAMPLE.npz     (the same numbers)
 
-Prints the five numbers, writes them to SAMPLE.txt and, with everything that made them, to the key "evaluation" of
+Prints the numbers, writes them to SAMPLE.txt and, with everything that made them, to the key "evaluation" of
 SAMPLE.json. Exit status: 0, 2 for an input that cannot be evaluated (one line says why), 128 + signal when stopped.
 """
 
@@ -29,11 +29,13 @@ from utils.evaluation.feature_cache import cached
 from utils.evaluation.features import Extractor, Features, extract, hand_back_memory, read_parts, workers_within_memory
 from utils.evaluation.inception import POOL_DIM, Inception
 from utils.evaluation.inception_tensorflow import TensorFlowInception
+from utils.evaluation.mind import mind
 from utils.evaluation.npz_reader import NpzReader, looks_sorted
 from utils.evaluation.precision_recall import NEIGHBOUR, precision_recall
 
 PARTS = 64  # a file is cut into about so many, taken in turns by the processes, whatever their number
 PUBLISHED_COUNT = 50_000
+MIND_SEED = 2020  # torch-fidelity's
 
 
 class Evaluated(NamedTuple):
@@ -109,6 +111,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     if reference.features:
         pools = reference.features.pool.to(device), samples.features.pool.to(device)
         metrics["Precision"], metrics["Recall"] = precision_recall(*pools, half=args.pr_dtype == "float16")
+        metrics["MIND"] = distributed.from_main(lambda: mind(pools[1], pools[0], seed=MIND_SEED))
     made_by = provenance.provenance(device)
     if args.backend == "tensorflow":
         made_by["versions"] = provenance.versions("tensorflow")
@@ -122,10 +125,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         "batch_size": batch_size,
         "dtypes": {
             "network": "tf32" if args.tf32 else "float32",
-            "precision and recall": args.pr_dtype,
+            "precision and recall": args.pr_dtype,  # and the features that MIND takes
             "statistics": "float64",
         },
         **made_by,
+        "seeds": {"MIND": MIND_SEED},
         "warnings": notes,
         "seconds": {"features": extracted - started, "metrics": time.monotonic() - extracted},
     }

@@ -28,6 +28,7 @@ from tests.helpers.graph_def import inception_graph
 from utils.evaluation import features as evaluation_features
 from utils.evaluation import frechet
 from utils.evaluation.inception_weights import installed_file
+from utils.evaluation.mind import mind
 from utils.evaluation.npz_reader import NpzReader
 from utils.files import read_json
 
@@ -75,7 +76,8 @@ def test_the_five_numbers_are_the_published_ones_on_1_2_and_4_processes(files, g
         == "".join(f"{name}: {value}\n" for name, value in metrics.items())
         == samples.with_suffix(".txt").read_text()
     )
-    assert list(metrics) == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+    assert list(metrics) == ["Inception Score", "FID", "sFID", "Precision", "Recall", "MIND"]
+    assert record["seeds"] == {"MIND": 2020}
     assert read_json(samples.with_suffix(".json"), "")["receipt"] == 1
     for word in (
         "12 samples; published numbers use 50000",
@@ -97,6 +99,7 @@ def test_the_five_numbers_are_the_published_ones_on_1_2_and_4_processes(files, g
     # Random weights give features so close together that float16 is noise: test_precision_recall.py judges it.
     expected = brute_force(pool.numpy(), other_pool.numpy())
     assert (metrics["Precision"], metrics["Recall"]) == pytest.approx(expected, abs=1e-3)
+    assert metrics["MIND"] == pytest.approx(mind(other_pool, pool, seed=2020), rel=1e-4)
     for name, mine, other in (("FID", pool, other_pool), ("sFID", spatial, other_spatial)):
         # Few images: the covariances restricted to their span have the same trace of the root, and sqrtm is quick.
         basis = np.linalg.qr(torch.cat([mine, other]).double().numpy().T)[0]
@@ -130,11 +133,11 @@ def test_the_tensorflow_backend_agrees_and_needs_the_graph(files, graph, capfd):
         assert "executes the original graph" in capfd.readouterr().err
 
 
-def test_without_a_classifier_four_metrics(files, instant, capfd):
+def test_without_a_classifier_the_other_metrics(files, instant, capfd):
     assert run(files / "reference.npz", files / "samples.npz") == 0
     out = capfd.readouterr().out.splitlines()
     assert out[0].startswith("Inception Score: not available (these weights have no classifier")
-    assert [line.split(":")[0] for line in out[1:]] == ["FID", "sFID", "Precision", "Recall"]
+    assert [line.split(":")[0] for line in out[1:]] == ["FID", "sFID", "Precision", "Recall", "MIND"]
     assert all(np.isfinite(float(line.split(":")[1])) for line in out[1:])
     assert evaluation(files / "samples.npz")["metrics"]["Inception Score"] is None
 
@@ -160,7 +163,7 @@ def test_a_reference_of_statistics_only(files, tmp_path, instant, capfd):
     found = evaluation(files / "samples.npz")["metrics"]
     assert found["FID"] == pytest.approx(expected["FID"], rel=1e-9)
     assert found["sFID"] == pytest.approx(expected["sFID"], rel=1e-9)
-    assert found["Precision"] is None and found["Recall"] is None
+    assert found["Precision"] is found["Recall"] is found["MIND"] is None
     assert "Precision: not available" in capfd.readouterr().out
     # Statistics beside images win: they describe the whole data set.
     images = reader.read(0, 16)

@@ -1,4 +1,4 @@
-"""Where an evaluation goes: the published evaluator's lines in SAMPLE.txt, everything that made them in SAMPLE.json."""
+"""Where an evaluation goes: the numbers in SAMPLE.txt, what made them in SAMPLE.json, a file of statistics."""
 
 import os
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from utils.evaluation.feature_cache import cache_path
 from utils.files import atomic_file, read_json, write_json
 
-METRICS = "Inception Score", "FID", "sFID", "Precision", "Recall"
+METRICS = "Inception Score", "FID", "sFID", "Precision", "Recall", "MIND"  # the published five, and one of ours
 
 
 def lines(metrics: dict[str, float | None]) -> str:
-    """The five lines of the published evaluator."""
+    """The five lines of the published evaluator, and MIND's."""
     reasons = {"Inception Score": 'these weights have no classifier; "--inception download" fetches the original'}
     unavailable = "the reference file has no such data"
     return "".join(
