@@ -1,5 +1,6 @@
 """evaluator.py as a command: TensorFlow's numbers, any number of processes, every bad input in one line."""
 
+import json
 import os
 import re
 import signal
@@ -31,6 +32,7 @@ from utils.evaluation.inception_weights import installed_file
 from utils.evaluation.mind import mind
 from utils.evaluation.npz_reader import NpzReader
 from utils.files import read_json
+from utils.images import write_png
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -186,6 +188,47 @@ def test_a_reference_of_statistics_only(files, tmp_path, instant, capfd):
     assert "samples need images" in capfd.readouterr().err
 
 
+def test_a_folder_of_pngs_gives_the_numbers_of_its_npz(files, tmp_path, instant, capfd):
+    folder = tmp_path / "run1.5"  # what follows the point belongs to the name
+    folder.mkdir()
+    for index, image in enumerate(NpzReader(files / "samples.npz").read(0, 12)):
+        write_png(folder / f"{index}.png", image)  # 10.png comes after 9.png
+    assert run(files / "reference.npz", files / "samples.npz") == 0
+    expected = evaluation(files / "samples.npz")
+    for _ in range(2):
+        assert run(files / "reference.npz", folder, "--cache-features") == 0
+    found = read_json(tmp_path / "run1.5.json", "")["evaluation"]
+    assert found["metrics"] == expected["metrics"]
+    assert found["samples"]["features_from_cache"] and len(found["samples"]["sha256"]) == 64
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run1.5",
+        *(f"run1.5.{end}" for end in ("json", "txt", "features.npz")),
+    }
+    assert run(folder, files / "samples.npz") == 0
+    assert evaluation(files / "samples.npz")["metrics"]["FID"] < 1e-9
+    (files / "reference.features.npz").unlink()
+
+
+def test_saved_statistics_are_a_reference_by_themselves(files, tmp_path, instant, capfd):
+    saved = tmp_path / "reference_statistics.npz"
+    assert run(files / "reference.npz", files / "samples.npz", "--save-statistics", saved) == 0
+    expected = evaluation(files / "samples.npz")
+    with np.load(saved) as archive:
+        assert archive.files == ["mu", "sigma", "mu_s", "sigma_s", "record"]
+        record = json.loads(bytes(archive["record"]))
+    assert record["reference"] == expected["reference"] and record["weights"]["sha256"] == "0"
+    assert run(saved, files / "samples.npz") == 0
+    found = evaluation(files / "samples.npz")["metrics"]
+    assert (found["FID"], found["sFID"]) == (expected["metrics"]["FID"], expected["metrics"]["sFID"])
+    assert found["Precision"] is found["MIND"] is None
+    content, done = saved.read_bytes(), instant.images
+    capfd.readouterr()
+    for path, message in ((saved, "exists; take it as the reference"), (tmp_path / "gone" / "x", "is no folder that")):
+        assert run(files / "reference.npz", files / "samples.npz", "--save-statistics", path) == 2
+        assert f"--save-statistics {path}: " in (err := capfd.readouterr().err) and message in err
+    assert saved.read_bytes() == content and instant.images == done
+
+
 @pytest.mark.parametrize("flags", [(), ("--cache-features",)])
 def test_a_damaged_byte_in_a_stored_file_is_noticed(files, tmp_path, instant, capfd, flags):
     data = bytearray((files / "samples.npz").read_bytes())
@@ -302,7 +345,7 @@ BAD = {
     "Fortran": lambda path: np.savez(path, np.asfortranarray(good())),
     "only one of mu and sigma": lambda path: np.savez(path, mu=np.zeros(2048)),
     "mu is float64 of shape": lambda path: np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 3))),
-    "Is a directory": lambda path: path.mkdir(),
+    "is a folder without PNG files": lambda path: path.mkdir(),
     "sigma is no covariance": lambda path: np.savez(path, mu=np.zeros(2048), sigma=-np.eye(2048)),
     "sigma is no covariance: not": lambda path: np.savez(path, mu=np.zeros(2048), sigma=np.tri(2048)),
     "sigma is no covariance: not symmetric": lambda path: np.savez(
