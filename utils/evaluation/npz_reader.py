@@ -249,11 +249,3 @@ def read_labels(archive: zipfile.ZipFile, count: int) -> np.ndarray | None:
     except ValueError:
         return None
     return labels if labels.dtype.kind in "iu" else None
-
-
-def looks_sorted(labels: np.ndarray) -> bool:
-    """Whether neighbours share their label far more often than chance has it."""
-    if len(labels) < 2:
-        return False
-    chance = np.square(np.unique(labels, return_counts=True)[1] / len(labels)).sum()
-    return chance < 1 and (labels[1:] == labels[:-1]).mean() > (1 + chance) / 2
