@@ -31,7 +31,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """7 bad images among 63."""
+    """8 bad images among 64."""
     classes = small_classes(classes=2, images=28)
     for kind, (content, _) in bad_images().items():
         classes["n00000000"][f"{kind}.JPEG"] = content
