@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from utils import distributed, provenance, script
-from utils.evaluation import frechet, inception_weights, report
+from utils.evaluation import frechet, inception_weights, results
 from utils.evaluation.feature_cache import cached
-from utils.evaluation.features import Extractor, Features, extract, hand_back_memory, read_parts
+from utils.evaluation.features import Extractor, Features, extract, hand_back_memory, read_parts, workers_within_memory
 from utils.evaluation.inception import POOL_DIM, Inception
 from utils.evaluation.inception_tensorflow import TensorFlowInception
 from utils.evaluation.npz_reader import NpzReader, looks_sorted
@@ -75,8 +75,8 @@ def evaluate(args: argparse.Namespace) -> int:
     torch.backends.cudnn.deterministic = True
     with torch.inference_mode():
         result = measure(args, device)
-    distributed.print0(report.lines(result["metrics"]), end="")
-    distributed.from_main(lambda: report.write(result, Path(args.sample_batch)))
+    distributed.print0(results.lines(result["metrics"]), end="")
+    distributed.from_main(lambda: results.write(result, Path(args.sample_batch)))
     return script.DONE
 
 
@@ -86,16 +86,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     with distributed.all_or_none():
         files = NpzReader(args.ref_batch), NpzReader(args.sample_batch)
         check_inputs(*files)
-    distributed.from_main(lambda: report.check_outputs(*(file.path for file in files)))
+    paths = [file.path for file in files]
+    distributed.from_main(lambda: results.check_outputs(*paths, cache_features=args.cache_features))
     notes = inspect(*files)
     for note in notes:
         distributed.print0(f"warning: {note}", file=sys.stderr)
     batch_size = min(args.batch_size or (2 if device.type == "cpu" else 64), max(file.count for file in files))
-    (reference, samples), weights = extract_all(args, device, files, batch_size)
+    with distributed.all_or_none():
+        workers = min(choose_workers(args, device, batch_size, file) for file in files if file.count)
+    (reference, samples), weights = extract_all(args, device, files, batch_size, workers)
     hand_back_memory()
     extracted = time.monotonic()
 
-    metrics = dict.fromkeys(report.METRICS)
+    metrics = dict.fromkeys(results.METRICS)
     if "score" in samples.features.statistics:
         metrics["Inception Score"] = samples.features.statistics["score"].item()
     metrics |= distributed.from_main(lambda: distances(reference, samples))
@@ -125,7 +128,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 def extract_all(
-    args: argparse.Namespace, device: torch.device, files: tuple[NpzReader, ...], batch_size: int
+    args: argparse.Namespace, device: torch.device, files: tuple[NpzReader, ...], batch_size: int, workers: int
 ) -> tuple[list[Evaluated], dict]:
     """Both files evaluated, and the record of the weights. The network lives here only."""
     path = distributed.from_main(lambda: inception_weights.find_weights(args.inception))
@@ -145,7 +148,6 @@ def extract_all(
         "pr_dtype": args.pr_dtype,
     }
     names = {"pool", "mu", "sigma", "mu_s", "sigma_s"} | ({"score"} if to_logits else set())
-    workers = torch.get_num_threads() if device.type == "cpu" and args.backend == "torch" else 1
     abandoned = threading.Event()
     with ExitStack() as stack:
         background = stack.enter_context(ThreadPoolExecutor(1))
@@ -173,6 +175,15 @@ def extract_all(
                 found.append(Evaluated(file, *compute(file)))
             hand_back_memory()
     return found, weights_record
+
+
+def choose_workers(args: argparse.Namespace, device: torch.device, batch_size: int, file: NpzReader) -> int:
+    """How many batches of a file's images are in work at once."""
+    cores = torch.get_num_threads() if device.type == "cpu" and args.backend == "torch" else 1
+    try:
+        return workers_within_memory(cores, batch_size, file.height, file.width)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
 
 
 def load_network(

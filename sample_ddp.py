@@ -9,8 +9,6 @@ batches are kept as shards in the sample folder: the same command continues a ru
 
 import argparse
 import json
-import os
-import shutil
 import sys
 import time
 import warnings
@@ -30,21 +28,23 @@ from models.flow import CFG_SCHEDULES
 from models.samplers import SAMPLERS
 from utils import checkpoint_file, distributed, script
 from utils.evaluation.npz_reader import NpzReader
-from utils.files import read_json, sha256, write_json
-from utils.images import layout, png_path, to_uint8, write_contact_sheet, write_missing_pngs, write_png
+from utils.files import read_json, write_json
+from utils.images import has_pngs, layout, png_path, to_uint8, write_contact_sheet, write_missing_pngs, write_png
 from utils.noise import normals
 from utils.provenance import provenance
 from utils.sampling.draws import compiled_normals, image_noise, make_labels
 from utils.sampling.few_rows import choose_ways, is_large, use_ways
 from utils.sampling.graphs import Throttle, cast_weights, compile_pieces, static_phases
-from utils.sampling.run_folder import open_run
+from utils.sampling.run_folder import claim, key_of, note, open_run
 from utils.sampling.shards import (
     Range,
     assemble,
     batches_of,
-    finished_shards,
+    check_npz,
     missing_ranges,
     read_image,
+    remove_shards,
+    verified_shards,
     wait_for_shards,
     write_shard,
 )
@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ckpt", required=True, help="checkpoint; its EMA weights are used when it has them")
     add("--model", choices=sorted(PRESETS), help="checked against the checkpoint, which knows its size")
     add("--sample-dir", default="samples", help="folder that every process sees (default: %(default)s)")
-    add("--num-fid-samples", type=at_least(1), default=50000, help="images, exactly (default: %(default)s)")
+    add("--num-fid-samples", type=script.within(1, 10**7), default=50000, help="images, exactly (default: %(default)s)")
     add("--per-proc-batch-size", type=at_least(1), help="default: 256 on a GPU, 16 on a CPU")
     add("--cfg-scale", type=at_least(1.0), default=PUBLISHED.cfg_scale, help="1 = no guidance; published: 4.5, L 4.6")
     add("--cfg-schedule", choices=CFG_SCHEDULES, default=PUBLISHED.cfg_schedule)
@@ -90,9 +90,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ---- what is sampled, and what of it is missing ------------------------------------------------------------------
 
 
-def load_model(args: argparse.Namespace) -> SphereAR:
-    """The model of --ckpt, on the CPU. ValueError for another kind of model, or another size than --model says."""
-    model = checkpoint_file.load(args.ckpt, models.from_checkpoint)
+def load_model(args: argparse.Namespace, file: checkpoint_file.Examined) -> SphereAR:
+    """The model of --ckpt in float32, on the CPU. ValueError for another kind, or another size than --model says."""
+    model = checkpoint_file.load_examined(file, models.from_checkpoint).float()
     if not isinstance(model, SphereAR):
         raise ValueError(f"--ckpt {args.ckpt} is an S-VAE; sampling needs a SphereAR checkpoint")
     if args.model and size_of(PRESETS[args.model]) != size_of(model.config):
@@ -105,12 +105,12 @@ def size_of(config: SphereARConfig) -> tuple[int, ...]:
     return config.num_layers, config.width, config.num_heads, config.head_blocks, config.head_width
 
 
-def settings_of(args: argparse.Namespace, config: SphereARConfig) -> dict:
+def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: str) -> dict:
     """What defines the images of a run, by flag, as JSON gives it back."""
     flags = ("num_fid_samples", "cfg_scale", "cfg_schedule", "num_sampling_steps", "sampler", "global_seed", "labels")
     flags += ("class_ids", "mixed_precision", "tf32")
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
-    return json.loads(json.dumps({"--ckpt sha256": sha256(args.ckpt), "config": asdict(config), **settings}))
+    return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
 
 
 def images_per_batch(args: argparse.Namespace, missing: list[Range]) -> int:
@@ -124,25 +124,31 @@ def rows_per_batch(args: argparse.Namespace, missing: list[Range]) -> int:
 
 
 def plan(
-    args: argparse.Namespace, config: SphereARConfig, trunk: nn.Module, stack: ExitStack
-) -> tuple[dict, list[Range], dict[str, str]]:
-    """On rank 0: make --sample-dir this run's -> its settings, missing images, ways of linear layers (see few_rows)."""
-    folder, settings = Path(args.sample_dir), settings_of(args, config)
-    if args.save_images:
-        Path(args.save_images).mkdir(parents=True, exist_ok=True)
+    args: argparse.Namespace, settings: dict, image_size: int, trunk: nn.Module, stack: ExitStack
+) -> tuple[list[Range], dict[str, str]]:
+    """On rank 0: make --sample-dir this run's -> its missing images, and ways of linear layers (see few_rows)."""
+    folder = Path(args.sample_dir)
     stored = open_run(folder, settings, stack)
+    if args.save_images:
+        images = Path(args.save_images)
+        images.mkdir(parents=True, exist_ok=True)
+        claim(images, settings, "--save-images", has_pngs(images))
     if (folder / "samples.npz").exists():
-        return settings, [], {}
-    shards = finished_shards(folder / "shards", config.svae.image_size)
-    missing = missing_ranges(list(shards), args.num_fid_samples)
+        check_npz(folder / "samples.npz", stored.get("samples.npz"))
+        return [], {}
+    total = args.num_fid_samples
+    shards, rejected = verified_shards(folder / "shards", image_size, total, key_of(settings))
+    if rejected:
+        print(f"{rejected[0]}: damaged, or of another run; set aside with {len(rejected) - 1} others", flush=True)
+    missing = missing_ranges(list(shards), total)
     if not missing or args.compile is not None or not is_large(trunk):
-        return settings, missing, {}
+        return missing, {}
     rows = rows_per_batch(args, missing)
     ways = stored.get("linear_ways", {})  # by rows: a continued run keeps to them, for the same bits
     if str(rows) not in ways:
         ways[str(rows)] = choose_ways(trunk, rows)
-        write_json(folder / "run.json", {**stored, "linear_ways": ways})
-    return settings, missing, ways[str(rows)]
+        note(folder, {"linear_ways": ways})
+    return missing, ways[str(rows)]
 
 
 # ---- my batches -> tokens -> pixels -> shards --------------------------------------------------------------------
@@ -185,7 +191,9 @@ def require_finite(values: Tensor, first: int, ckpt: str) -> None:
         )
 
 
-def sample_batches(args: argparse.Namespace, model: SphereAR, labels: np.ndarray, missing: list[Range]) -> None:
+def sample_batches(
+    args: argparse.Namespace, model: SphereAR, labels: np.ndarray, missing: list[Range], key: int
+) -> None:
     """Sample this process's share of the missing images into shards, with a progress bar of the whole on rank 0."""
     world_size, total = distributed.world_size(), sum(stop - start for start, stop in missing)
     size, throttle = images_per_batch(args, missing), Throttle()
@@ -208,7 +216,7 @@ def sample_batches(args: argparse.Namespace, model: SphereAR, labels: np.ndarray
             images = sample((start, stop), observe)
             for index, image in enumerate(images if args.save_images else ()):
                 write_png(png_path(args.save_images, start + index), image)
-            write_shard(Path(args.sample_dir) / "shards", start, images)
+            write_shard(Path(args.sample_dir) / "shards", start, images, key)
 
 
 # ---- shards -> results -------------------------------------------------------------------------------------------
@@ -225,10 +233,11 @@ def finish(args: argparse.Namespace, config: SphereARConfig, labels: np.ndarray,
     else:
         shards = wait_for_shards(folder / "shards", config.svae.image_size, len(labels))
         if args.to_npz:
-            assemble(npz, shards, labels, config.svae.image_size)
+            key, record = key_of(receipt["settings"]), lambda checksums: note(folder, {"samples.npz": checksums})
+            assemble(npz, shards, labels, config.svae.image_size, key, record)
         print(f"{len(labels)} images in {npz if args.to_npz else folder / 'shards'}", flush=True)
     if npz.exists():
-        shutil.rmtree(folder / "shards", ignore_errors=True)
+        remove_shards(folder / "shards")
         reader = NpzReader(npz)
     read = (lambda i: reader.read(i, i + 1)[0]) if npz.exists() else (lambda i: read_image(shards, i))
     if args.save_images:
@@ -239,11 +248,13 @@ def finish(args: argparse.Namespace, config: SphereARConfig, labels: np.ndarray,
         print(f"contact sheet {sheet}", flush=True)
 
 
-def make_receipt(args: argparse.Namespace, settings: dict, device: torch.device, made: int, seconds: float) -> dict:
+def make_receipt(
+    args: argparse.Namespace, ckpt: str, settings: dict, device: torch.device, made: int, seconds: float
+) -> dict:
     """What somebody needs to make these images again, and how fast they were made."""
     stored = read_json(Path(args.sample_dir) / "run.json", "another program wrote to it")
     return {
-        "checkpoint": os.path.abspath(args.ckpt),
+        "checkpoint": ckpt,
         "settings": settings,
         **provenance(device),
         "processes": distributed.world_size(),
@@ -265,8 +276,9 @@ def run(args: argparse.Namespace) -> int:
     args.per_proc_batch_size = args.per_proc_batch_size or (256 if on_gpu else 16)
     args.mixed_precision = script.choose_precision(args.mixed_precision, device)
     args.compile = True if on_gpu and args.compile is None else args.compile
+    file = distributed.from_main(lambda: checkpoint_file.examine(args.ckpt))
     with distributed.all_or_none():
-        model = load_model(args).to(device)
+        model = load_model(args, file).to(device)
         config = model.config
         labels = make_labels(args.labels, args.num_fid_samples, config.num_classes, args.global_seed, args.class_ids)
     if args.mixed_precision == "bf16":
@@ -274,7 +286,8 @@ def run(args: argparse.Namespace) -> int:
     trunk = nn.ModuleList([model.layers, model.head])
 
     with ExitStack() as stack:
-        settings, missing, ways = distributed.from_main(lambda: plan(args, config, trunk, stack))
+        settings, size = settings_of(args, config, file.sha256), config.svae.image_size
+        missing, ways = distributed.from_main(lambda: plan(args, settings, size, trunk, stack))
         with distributed.all_or_none():
             if not Path(args.sample_dir, "run.json").exists():
                 raise ValueError(f"--sample-dir {args.sample_dir} is not seen by every process; choose a shared folder")
@@ -282,9 +295,10 @@ def run(args: argparse.Namespace) -> int:
         if made:
             distributed.print0(f"{len(labels)} images, {len(labels) - made} of them finished before, on {device.type}")
             use_ways(trunk, ways, rows_per_batch(args, missing))
-            sample_batches(args, model, labels, missing)
+            sample_batches(args, model, labels, missing, key_of(settings))
         if distributed.is_main():
-            finish(args, config, labels, make_receipt(args, settings, device, made, time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            finish(args, config, labels, make_receipt(args, file.path, settings, device, made, seconds))
     return script.DONE
 
 

@@ -14,22 +14,24 @@ if __name__ == "__main__":
 import argparse
 import copy
 import dataclasses
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from dataset import ImageDataset, Sample, build_dataset, train_loader
-from models import PRESETS, SVAE, SphereAR, SphereARConfig, SVAEConfig, stem_channels_for
+from models import PRESETS, SVAE, SphereAR, SphereARConfig, SVAEConfig
 from models.checkpoint import checkpoint_state, config_from_dict, config_to_dict, from_checkpoint, load_state, own_names
 from models.discriminator import Adversary, PatchDiscriminator
 from models.generation import SamplingSettings, decode, generate_tokens
 from models.losses import adversarial_loss, adversarial_weight, reconstruction_loss
 from models.lpips import LPIPS, vgg_weights
 from models.posteriors import POSTERIORS, Draws
+from models.svae import PROJECTIONS
 from utils import checkpoint_file, distributed, script
 from utils.images import to_float
 from utils.provenance import versions
@@ -37,48 +39,29 @@ from utils.sampling.draws import image_noise
 from utils.training.checkpoints import CheckpointFolder, Entry
 from utils.training.draws import StepDraws
 from utils.training.ema import EMA
+from utils.training.latents import measure_scale
 from utils.training.optim import learning_rate, load_optimizer, set_lr
-from utils.training.options import check_run, check_same_run, flag, given, parse_args
+from utils.training.options import ar_config, check_run, check_same_run, parse_args, svae_config
 from utils.training.players import Player, make_player
 from utils.training.preemption import Preemption
-from utils.training.tracker import Progress, Tracker
+from utils.training.report import stop, stop_if_broken
+from utils.training.tracker import Progress, Tracker, add_to
 
 NUM_PREVIEWS = 16
+NUM_MEASURED, MEASURED_AT_ONCE = 8192, 64  # images for the scale of flat latents, over all processes
 PREVIEW_SETTINGS = SamplingSettings(cfg_scale=3.0, num_sampling_steps=50)
 
 
-# ---- architecture: a preset with the flags' changes ------------------------------------------------------------------
-
-
-def svae_config(args: argparse.Namespace) -> SVAEConfig:
-    """The S-VAE of --model with the flags' changes."""
-    config = PRESETS[args.model].svae
-    changes = given(args, image_size="image_size", patch_size="patch_size", latent_dim="latent_dim")
-    if changes.get("patch_size", config.patch_size) != config.patch_size:
-        changes["stem_channels"] = stem_channels_for(changes["patch_size"], config.width)
-    return dataclasses.replace(config, **changes)
-
-
 def load_svae(path: str) -> SVAE:
-    """The S-VAE in a checkpoint, ours or published, alone or inside an AR model."""
+    """The S-VAE in a checkpoint, ours or published, alone or inside an AR model; every byte of it is verified."""
     try:
-        model = checkpoint_file.load(path, from_checkpoint)
+        file = distributed.from_main(lambda: checkpoint_file.examine(path))
+        with distributed.all_or_none():
+            model = checkpoint_file.load_examined(file, from_checkpoint)
     except ValueError as error:
-        raise ValueError(f"--trained-vae {error}; train one with --vae-only, or name its file") from error
+        error.args = (f"--trained-vae {error}; train one with --vae-only, or name its file",)
+        raise
     return model if isinstance(model, SVAE) else model.vae
-
-
-def ar_config(args: argparse.Namespace, svae: SVAEConfig) -> SphereARConfig:
-    """The AR model of --model over a trained S-VAE. Raises ValueError where a flag contradicts that S-VAE."""
-    for name, asked in given(args, image_size="image_size", patch_size="patch_size", latent_dim="latent_dim").items():
-        if asked != getattr(svae, name):
-            raise ValueError(
-                f"{flag(name)} {asked}: the S-VAE {args.trained_vae} was trained with {getattr(svae, name)}; "
-                "leave the flag out, or give the S-VAE that fits"
-            )
-    changes = given(args, num_classes="num_classes", num_class_tokens="cls_token_num",
-                    class_dropout_prob="class_dropout", diffusion_batch_mul="diff_batch_mul")  # fmt: skip
-    return dataclasses.replace(PRESETS[args.model], svae=svae, **changes)
 
 
 # ---- the two stages: build, and one step -----------------------------------------------------------------------------
@@ -122,16 +105,13 @@ class Stage:
     def check_continues(self, state: dict) -> None:
         """Raises ValueError where the checkpoint `state` cannot be continued in this stage."""
 
+    def finish(self, averaged: nn.Module, data: Dataset, step: int, report: Callable[[str], None]) -> None:
+        """What is left to do after the last update and before it is saved."""
+
 
 def posterior_draws(svae: SVAE, draws: StepDraws) -> Draws:
     config = svae.config
     return Draws(*draws.posterior(config.num_tokens, *POSTERIORS[config.posterior].num_draws(config.latent_dim)))
-
-
-def add_to(totals: dict[str, Tensor], share: float, **values: Tensor) -> None:
-    for name, value in values.items():
-        value = value.detach() * share
-        totals[name] = totals[name] + value if name in totals else value
 
 
 class SVAEStage(Stage):
@@ -199,6 +179,19 @@ class SVAEStage(Stage):
         images = self.images(batch)[:NUM_PREVIEWS]
         return torch.cat([images, averaged.decode(averaged.to_tokens(averaged.encode(images).mode())).float()])
 
+    def finish(self, averaged: SVAE, data: Dataset, step: int, report: Callable[[str], None]) -> None:
+        """Measure the shift and scale of flat latents, which the AR model will need."""
+        if not averaged.config.is_flat:
+            return
+        mine = Subset(data, range(min(len(data), NUM_MEASURED))[distributed.rank() :: distributed.world_size()])
+        batches = DataLoader(mine, MEASURED_AT_ONCE, generator=torch.Generator())  # else it draws from torch's own
+        found = measure_scale(
+            averaged.encode(self.images(batch)).sample_from(posterior_draws(averaged, self.draws(batch, step)))
+            for batch in batches
+        )
+        self.model.config = dataclasses.replace(averaged.config, latent_shift=found.shift, latent_scale=found.scale)
+        report(str(found))
+
 
 class ARStage(Stage):
     """The flow-matching loss of next tokens, on fresh samples of the frozen S-VAE's posterior."""
@@ -262,14 +255,14 @@ def compile_blocks(*modules: nn.Module) -> None:
 
 def checkpoint_entries(stage: Stage, ema: EMA | None, progress: Progress, args: argparse.Namespace) -> dict[str, Entry]:
     """All that a checkpoint holds, under the published names where there are any."""
-    model, config = stage.model, config_to_dict(stage.model.config)
+    model = stage.model
     entries = {
         "model": Entry(lambda: checkpoint_state(model), partial(load_state, model)),
         "rng": Entry(torch.get_rng_state, torch.set_rng_state),
         "step": Entry(lambda: progress.step, partial(setattr, progress, "step")),
         # compared with this run's by check_same_run
         "args": Entry(lambda: args),
-        "config": Entry(lambda: config),
+        "config": Entry(lambda: config_to_dict(model.config)),
         # for people
         "epochs": Entry(lambda: progress.epoch),
         "step_in_epoch": Entry(lambda: progress.step_in_epoch),
@@ -310,42 +303,25 @@ def restore(checkpoints: CheckpointFolder, stage: Stage, entries: dict[str, Entr
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def log_preview(tracker: Tracker, stage: Stage, ema: EMA | None, batch: Sample) -> None:
-    """Images by a copy of the model with the averaged weights: training's own is not disturbed, nor compiled anew."""
-    averaged = copy.deepcopy(stage.model).eval()
+@contextmanager
+def averaged(stage: Stage, ema: EMA | None) -> Iterator[nn.Module]:
+    """A copy of the model with the averaged weights: training's own is not disturbed, nor compiled anew."""
+    model = copy.deepcopy(stage.model).eval()
     if ema is not None:
-        averaged.load_state_dict(ema.state_dict(), strict=False)
-    with stage.autocast:
-        tracker.image("images", stage.preview(averaged, batch))
-
-
-def stop_if_broken(tracker: Tracker, checkpoints: CheckpointFolder, limit: int) -> bool:
-    """Whether the newest update was skipped. Raises FloatingPointError after `limit` of them in a row."""
-    skipped = tracker.count_skipped()
-    if skipped >= limit:
-        stop(checkpoints, f"{skipped} updates in a row were not finite (--max-skipped-steps {limit})")
-    return skipped > 0
-
-
-def stop(checkpoints: CheckpointFolder, reason: str) -> NoReturn:
-    checkpoints.wait()
-    last = checkpoints.good[-1] if checkpoints.good else "none"
-    with distributed.all_or_none():
-        raise FloatingPointError(
-            f"{reason}; stopped. Last checkpoint, from before them: {last}. The same command with a lower --lr or "
-            "--mixed-precision none continues from it"
-        )
+        model.load_state_dict(ema.state_dict(), strict=False)
+    with torch.no_grad(), stage.autocast:
+        yield model
 
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[Stage, ImageDataset]:
     """The stage and the data that the flags ask for. An error of one process is raised on all."""
+    vae = None if args.vae_only else load_svae(args.trained_vae)
     with distributed.all_or_none():
-        vae = None if args.vae_only else load_svae(args.trained_vae)
-        config = svae_config(args) if vae is None else ar_config(args, vae.config)
+        preset = PRESETS[args.model]
+        config = svae_config(args, preset.svae) if vae is None else ar_config(args, preset, vae.config)
         data = build_dataset(
             args.data_path, (config if vae is None else config.svae).image_size,
-            num_classes=PRESETS[args.model].num_classes if args.num_classes is None else args.num_classes,
+            num_classes=preset.num_classes if args.num_classes is None else args.num_classes,
             seed=args.global_seed, flip=not args.no_flip,
         )  # fmt: skip
     return SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, device), data
@@ -422,7 +398,11 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
             stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
             tracker.log(lr)
         if args.sample_every and step % args.sample_every == 0 and distributed.is_main():
-            log_preview(tracker, stage, ema, batches[0])
+            with averaged(stage, ema) as model:
+                tracker.image("images", stage.preview(model, batches[0]))
+        if progress.is_done:
+            with averaged(stage, ema) as model:
+                stage.finish(model, data, step, tracker.print)
         if step % args.save_every == 0 or ends_epoch or is_end:
             skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
             if not stage.has_finite_weights():
@@ -440,13 +420,17 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
     return preemption.exit_code if stopped else script.DONE if saved else script.FAILED
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    return parse_args(argv, __doc__, list(PRESETS), list(POSTERIORS), list(PROJECTIONS))
+
+
 def main(argv: list[str] | None = None) -> int:
     def body(args: argparse.Namespace) -> int:
         with ExitStack() as stack:
             return train(args, stack)
 
     return script.run(
-        "train.py", lambda words: parse_args(words, __doc__, list(PRESETS)), body, argv,
+        "train.py", parse, body, argv,
         when_stopped="the same command continues from the last checkpoint, if there is one",
         out_of_memory="Raise --grad-accum-steps (same update, less memory), or add --grad-checkpointing.",
     )  # fmt: skip

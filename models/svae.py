@@ -5,7 +5,7 @@ Images are float in [-1, 1], (B, 3, S, S). SphereAR, arXiv 2509.24335, section 3
 checkpoints.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -50,8 +50,8 @@ class SVAEConfig:
     posterior: str = "power-spherical"
     sigma: float | None = None  # a fixed-sigma posterior's deviation
     projection: str = "all"
-    latent_shift: float = 0.0  # latents that stay flat go to the AR model as (latent − shift) / scale
-    latent_scale: float = 1.0
+    latent_shift: float = 0.0  # latents that stay flat go to the AR model as (latent − shift) / scale …
+    latent_scale: float | None = None  # … once both are measured, at the end of the S-VAE's training
 
     def __post_init__(self):
         if self.posterior not in POSTERIORS:
@@ -62,8 +62,8 @@ class SVAEConfig:
             raise ValueError(f"projection {self.projection}: latents of {self.posterior} are on the sphere; take all")
         if not ((self.sigma or 0) > 0 if self.posterior == "fixed-sigma" else self.sigma is None):
             raise ValueError(f"sigma {self.sigma}: a fixed-sigma posterior needs one above 0, and no other takes one")
-        if not self.latent_scale > 0:
-            raise ValueError(f"latent_scale {self.latent_scale} must be above 0")
+        if self.latent_scale is not None and (not self.is_flat or not self.latent_scale > 0):
+            raise ValueError(f"latent_scale {self.latent_scale} must be above 0, and is for projection none or decoder")
         if self.patch_size != 2 ** (len(self.stem_channels) - 1):
             raise ValueError(
                 f"patch_size {self.patch_size} needs {self.stem_channels} to have log2(patch_size) + 1 entries"
@@ -77,6 +77,15 @@ class SVAEConfig:
         if self.latent_dim < 2:
             raise ValueError(f"latent_dim {self.latent_dim} must be at least 2: a sphere needs two dimensions")
 
+    def changed(self, **changes: object) -> "SVAEConfig":
+        """This config with other values, and what follows from them: the stem of another patch size; no projection for
+        another posterior that is not spherical, unless one is asked for."""
+        if changes.get("patch_size", self.patch_size) != self.patch_size:
+            changes["stem_channels"] = stem_channels_for(changes["patch_size"], self.width)
+        if "posterior" in changes and not POSTERIORS[changes["posterior"]].on_sphere:
+            changes.setdefault("projection", "none")
+        return replace(self, **changes)
+
     @property
     def grid(self) -> int:
         return self.image_size // self.patch_size
@@ -84,6 +93,11 @@ class SVAEConfig:
     @property
     def num_tokens(self) -> int:
         return self.grid**2
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether tokens are not on the sphere."""
+        return not PROJECTIONS[self.projection].tokens
 
     @property
     def radius(self) -> float:
@@ -233,14 +247,15 @@ class SVAE(nn.Module):
             return latents
         if self.projection.tokens:
             return project_to_sphere(latents, self.config.radius)
-        return (latents - self.config.latent_shift) / self.config.latent_scale
+        scale = self.config.latent_scale
+        return latents if scale is None else (latents - self.config.latent_shift) / scale
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, S, S), not clamped, of tokens (B, P, C)."""
         expected = (self.config.num_tokens, self.config.latent_dim)
         if tokens.shape[1:] != expected:
             raise ValueError(f"tokens {tuple(tokens.shape)} must be (B, {expected[0]}, {expected[1]})")
-        if not self.projection.tokens:
+        if self.config.latent_scale is not None:
             tokens = tokens * self.config.latent_scale + self.config.latent_shift
         if self.projection.decoder:
             tokens = project_to_sphere(tokens, self.config.radius)

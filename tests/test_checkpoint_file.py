@@ -1,5 +1,7 @@
 """Checkpoint files: read without executing anything in them, or copying what is not used; damage is never silent."""
 
+import os
+import pickle
 import random
 import subprocess
 import sys
@@ -9,7 +11,8 @@ import torch
 
 from tests.helpers.states import is_whole, state
 from utils import checkpoint_file
-from utils.checkpoint_file import read
+from utils.checkpoint_file import examine, load_examined, read
+from utils.files import sha256
 
 
 def test_flipped_bytes_are_never_silently_wrong(tmp_path):
@@ -32,40 +35,79 @@ def test_flipped_bytes_are_never_silently_wrong(tmp_path):
     assert refused > len(offsets) / 2
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2\n"
-
-
-class Stranger:
-    pass
-
-
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    "content, message",
     [
-        (b"", "the file is empty"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", "an HTML page, as a failed download leaves"),
-        (LFS, "a Git LFS pointer, not the file itself"),
-        (b"just a text file\n", "damaged, or not torch's"),
-        (bytes(range(128, 256)) * 9, "damaged"),
-        (Stranger(), "holds .*Stranger, which is not run"),
-        (None, "Is a directory"),
+        (b"", "is empty"),
+        (b" \n<!DOCTYPE html>\n<html><body>404</body></html>", "is a web page"),
+        (b"<html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n", "is a Git-LFS pointer"),
+        (b"some text\n" * 100, "not a readable checkpoint: no file of torch.save"),
+        (pickle.dumps({"model": {}}, protocol=4), "not a readable checkpoint: no file of torch.save"),
+        (b"PK\x03\x04" + bytes(200), "not a readable checkpoint: damaged or cut short"),
     ],
-    ids=["empty", "html", "lfs", "text", "bytes", "object", "folder"],
 )
-@pytest.mark.parametrize("verify", [False, True])
-def test_what_is_no_checkpoint_is_named_in_one_line_without_torchs_advice(tmp_path, content, reason, verify):
-    path = tmp_path / "file.pt"
-    if content is None:
-        path.mkdir()
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save({"model": {}, "more": content}, path)
-    with pytest.raises(ValueError, match=reason) as error:
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path, content, message, verify, recwarn):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
         read(path, verify=verify)
-    text = str(error.value)
-    assert text.startswith(str(path)) and text.isprintable()
-    assert "weights_only" not in text and "trust" not in text
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ") and "\n" not in said and "weights_only" not in said and not recwarn.list
+    assert message in said or (content.startswith(b"PK") and "not a readable checkpoint" in said)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path, tmp_path / "pipe.pt"):
+        with pytest.raises(ValueError, match=f"{path}: is no file"):
+            read(path)
+    with pytest.raises(ValueError, match=r"missing\.pt: no such checkpoint"):
+        examine(tmp_path / "missing.pt")
+
+
+def test_a_file_with_code_in_it_is_refused_without_torchs_advice(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    torch.save({"model": {"a": Code()}}, tmp_path / "model.pt")
+    with pytest.raises(ValueError) as caught:
+        read(tmp_path / "model.pt")
+    assert "more than weights" in str(caught.value) and "weights_only" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_was_examined_is_what_is_loaded(tmp_path):
+    first, second, link = tmp_path / "1.pt", tmp_path / "2.pt", tmp_path / "last.pt"
+    for number, path in enumerate((first, second)):
+        checkpoint_file.write({"model": {"a": torch.tensor(number)}}, path)
+    link.symlink_to(first)
+    file = examine(link)
+    assert file.sha256 == sha256(first) and file.path == str(first)
+    link.unlink()
+    link.symlink_to(second)  # moves on
+    value = load_examined(file, lambda checkpoint: checkpoint["model"]["a"])
+    assert value == 0
+
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(first.read_bytes())
+    load_examined(file._replace(path=str(copy)), lambda _: None)  # a node's own copy
+    os.replace(second, first)
+    with pytest.raises(ValueError, match=r"1\.pt: is being written, or is another file here than on process 0"):
+        load_examined(file, lambda _: None)
+
+
+def test_examining_finds_a_flipped_bit(tmp_path):
+    path = tmp_path / "model.pt"
+    checkpoint_file.write({"model": {"a": torch.zeros(1000)}}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    read(path)  # no byte is looked at
+    with pytest.raises(ValueError, match=r"checksum of .* does not match"):
+        examine(path)
 
 
 def test_what_is_read_is_not_copied(tmp_path):

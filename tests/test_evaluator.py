@@ -24,6 +24,7 @@ from tests.helpers.evaluation import (
     write_files,
 )
 from tests.helpers.graph_def import inception_graph
+from utils.evaluation import features as evaluation_features
 from utils.evaluation import frechet
 from utils.evaluation.inception_weights import installed_file
 from utils.evaluation.npz_reader import NpzReader
@@ -262,6 +263,9 @@ BAD = {
     "Is a directory": lambda path: path.mkdir(),
     "sigma is no covariance": lambda path: np.savez(path, mu=np.zeros(2048), sigma=-np.eye(2048)),
     "sigma is no covariance: not": lambda path: np.savez(path, mu=np.zeros(2048), sigma=np.tri(2048)),
+    "sigma is no covariance: not symmetric": lambda path: np.savez(
+        path, mu=np.zeros(2048), sigma=np.eye(2048) + 2 * np.eye(2048)[::-1]
+    ),
     "a variance below 0 or above": lambda path: np.savez(path, mu=np.zeros(2048), sigma=1e308 * np.eye(2048)),
 }
 
@@ -276,6 +280,18 @@ def test_a_bad_file_is_one_line_and_status_2(message, files, tmp_path, instant, 
         assert len([line for line in err if "error" in line]) == 1
         assert re.search(message, err[-1]) and str(path) in err[-1]
         assert instant.images == 0
+
+
+def test_images_beyond_the_memory_are_refused_before_one_is_read(files, instant, capfd, monkeypatch):
+    def never(*_):
+        raise AssertionError("an image was read")
+
+    monkeypatch.setattr(NpzReader, "read", never)
+    for memory, remedy in ((4 * 3 * 48 * 48, "take --batch-size 1"), (10, "scale them down first")):
+        monkeypatch.setattr(evaluation_features, "MEMORY", memory)
+        assert run(files / "samples.npz", files / "samples.npz") == 2
+        err = capfd.readouterr().err.splitlines()[-1]
+        assert f"samples.npz: images of 48 x 48 pixels are too large for batches of 2: {remedy}" in err
 
 
 def test_bad_options(files, capfd):

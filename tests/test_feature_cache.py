@@ -80,3 +80,33 @@ def test_a_cache_that_cannot_be_written_costs_no_numbers(files, tmp_path, instan
     assert run(tmp_path / "reference.npz", tmp_path / "samples.npz", "--cache-features") == 0
     out, err = capfd.readouterr()
     assert "FID: " in out and "--cache-features: [Errno 30] Read-only file system; going on" in err
+
+
+@pytest.mark.parametrize("foreign", ["statistics", "notes"])
+def test_a_file_that_is_no_cache_of_ours_is_kept(files, tmp_path, instant, capfd, foreign):
+    samples, other = tmp_path / "samples.npz", tmp_path / "samples.features.npz"
+    samples.write_bytes((files / "samples.npz").read_bytes())
+    if foreign == "notes":
+        other.write_bytes(b"")
+    else:
+        np.savez(other, mu=np.zeros(2048), sigma=np.eye(2048))
+    content = other.read_bytes()
+    assert run(files / "reference.npz", samples, "--cache-features") == 0
+    assert "samples.features.npz" in capfd.readouterr().err
+    assert other.read_bytes() == content
+
+
+def test_a_reference_called_like_the_cache_is_refused(files, tmp_path, instant, capfd):
+    samples, other = tmp_path / "samples.npz", tmp_path / "samples.features.npz"
+    samples.write_bytes((files / "samples.npz").read_bytes())
+    for reference in (files / "reference.npz", samples):  # images; a feature cache of ours, which holds statistics
+        other.unlink(missing_ok=True)
+        if reference == samples:
+            assert run(files / "reference.npz", samples, "--cache-features") == 0
+        else:
+            other.write_bytes(reference.read_bytes())
+        content, done = other.read_bytes(), instant.images
+        capfd.readouterr()
+        assert run(other, samples, "--cache-features", "--batch-size", 3) == 2
+        assert "samples.features.npz: the features would be written over it" in capfd.readouterr().err
+        assert other.read_bytes() == content and instant.images == done

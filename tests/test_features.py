@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.evaluation import Instant, random_images, write_files
-from utils.evaluation.features import Extractor, extract, read_parts
+from utils.evaluation.features import Extractor, extract, read_parts, workers_within_memory
 from utils.evaluation.npz_reader import NpzReader
 
 CPU = torch.device("cpu")
@@ -47,3 +47,16 @@ def test_features_that_are_not_finite_name_the_images(samples, extractor):
     extractor.network.pool[0] = torch.nan
     with pytest.raises(ValueError, match="samples: features of images 0 to 7 are not finite"):
         extract(read_parts(samples, 8, 4), extractor, 12, 8, name="samples")
+
+
+def test_batches_in_work_are_bounded_by_memory():
+    assert workers_within_memory(64, 2, 256, 256) == 64
+    assert 1 < workers_within_memory(64, 2, 2048, 2048) < 64
+    assert workers_within_memory(64, 2, 6000, 6000) == 1
+    with pytest.raises(
+        ValueError, match="images of 4096 x 4096 pixels are too large for batches of 64: take --batch-size 5"
+    ):
+        workers_within_memory(1, 64, 4096, 4096)
+    assert workers_within_memory(1, 5, 4096, 4096) == 1
+    with pytest.raises(ValueError, match="scale them down"):
+        workers_within_memory(1, 1, 20_000, 20_000)

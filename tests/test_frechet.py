@@ -35,6 +35,14 @@ def test_equal_covariances_give_the_distance_of_means(count):
     assert abs(frechet_distance(mean, covariance, mean, covariance)) < 1e-8
 
 
+def test_a_distance_is_not_negative():
+    """Equal statistics in many sizes: some of these differences round to below 0."""
+    for count, dim in ((400, 300), (300, 100), (60, 100), (5, 50)):
+        for seed in range(5):
+            mean, covariance = statistics(features(count, dim, seed=seed))
+            assert 0 <= frechet_distance(mean, covariance, mean, covariance) < 1e-12
+
+
 def test_known_gaussians():
     a, b = np.random.default_rng(0).uniform(0.1, 2, (2, 30))
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(30, 30)))[0]

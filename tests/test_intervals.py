@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from utils.frechet import Moments, frechet_distance
 
 from utils.evaluation.intervals import bootstrap_interval, extrapolate
-from utils.frechet import Moments, frechet_distance
 
 
 def gaussians(count, dim, seed):

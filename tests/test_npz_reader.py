@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.evaluation import mutate, random_images, write_files
 from utils.evaluation import npz_reader
-from utils.evaluation.npz_reader import NpzReader, looks_sorted
+from utils.evaluation.npz_reader import NpzReader, is_covariance, looks_sorted
 
 
 def good():
@@ -56,6 +56,18 @@ def test_labels_that_look_sorted():
     assert not looks_sorted(np.zeros(100)) and not looks_sorted(np.zeros(1))
 
 
+def test_covariances_are_told_from_indefinite_matrices():
+    x = np.random.default_rng(0).normal(size=(30, 50))
+    for count in (2, 30):  # of low rank both
+        covariance = np.cov(x[:count], rowvar=False)
+        for dtype in (np.float64, np.float32):
+            assert is_covariance(covariance.astype(dtype))
+        indefinite = covariance.copy()
+        indefinite[0, 1] = indefinite[1, 0] = 2 * np.sqrt(covariance[0, 0] * covariance[1, 1])
+        assert not is_covariance(indefinite)
+    assert is_covariance(np.zeros((3, 3)))
+
+
 def test_a_thousand_mutated_files_give_clean_errors_only(tmp_path, monkeypatch):
     monkeypatch.setattr(npz_reader, "STATISTICS", {"mu": (4,), "sigma": (4, 4), "mu_s": (3,), "sigma_s": (3, 3)})
     rng, refused = np.random.default_rng(0), 0
@@ -87,3 +99,10 @@ def test_a_bomb_is_not_inflated(tmp_path):
         archive.writestr("arr_0.npy", header + text.ljust(117) + b"\n" + bytes(10_000))
     with pytest.raises(ValueError, match="10000 bytes, not those of shape"):
         NpzReader(tmp_path / "bomb.npz")
+
+
+def test_more_images_than_memory_holds_features_of_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz_reader, "MAX_IMAGES", 4)
+    np.savez(tmp_path / "many.npz", good())
+    with pytest.raises(ValueError, match="arr_0 has 5 images; 4 at most"):
+        NpzReader(tmp_path / "many.npz")

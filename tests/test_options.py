@@ -5,6 +5,8 @@ import shlex
 import pytest
 
 from models import PRESETS
+from models.posteriors import POSTERIORS
+from models.svae import PROJECTIONS
 from utils.training.options import parse_args
 
 # to the letter, but for the names of files and hosts
@@ -21,7 +23,7 @@ PUBLISHED_AR = """
 
 
 def parse(command: str):
-    return parse_args(shlex.split(command), "", list(PRESETS))
+    return parse_args(shlex.split(command), "", list(PRESETS), list(POSTERIORS), list(PROJECTIONS))
 
 
 def test_published_commands_are_the_shortest_ones():

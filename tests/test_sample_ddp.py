@@ -13,9 +13,12 @@ from PIL import Image
 
 import models
 from models import PRESETS, SphereAR, checkpoint_state, config_to_dict
-from tests.helpers.sampling import load, sample_here, start, wait_for_first_shard, write_checkpoint
+from tests.helpers.nano import stirred_nano
+from tests.helpers.sampling import calm_nano, load, sample_here, start, wait_for_first_shard, write_checkpoint
+from utils import checkpoint_file
 from utils.sampling import few_rows, shards
 from utils.sampling.draws import compiled_normals
+from utils.sampling.run_folder import key_of
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +167,107 @@ def test_signals_end_cleanly_and_keep_what_was_finished(ckpt, tmp_path, number):
     assert list((tmp_path / "shards").glob("*.npy")) and not list(tmp_path.rglob(".*.tmp"))
 
 
+# ---- nothing of another run, and nothing taken away ------------------------------------------------------------------
+
+
+def test_another_runs_pngs_are_not_kept_as_this_runs(sample, tmp_path, capsys):
+    assert sample("one", "--num-fid-samples", 2, "--save-images", "png")[0] == 0
+    before = (tmp_path / "png" / "000000.png").read_bytes()
+    assert sample("two", "--num-fid-samples", 2, "--global-seed", 1, "--save-images", "png")[0] == 2
+    assert "--save-images png holds images of another run (--global-seed: 0 there, 1 now)" in capsys.readouterr().err
+    assert (tmp_path / "png" / "000000.png").read_bytes() == before
+    (tmp_path / "png" / "run.json").unlink()
+    assert sample("one", "--num-fid-samples", 2, "--save-images", "png")[0] == 2
+    assert "--save-images png holds images, and no run.json" in capsys.readouterr().err
+
+
+def test_pngs_may_lie_in_the_sample_folder(sample):
+    for flags in ((), ("--to-npz",)):
+        code, folder = sample("run", "--num-fid-samples", 2, "--save-images", "run", *flags)
+        assert code == 0 and (folder / "000001.png").exists()
+
+
+def test_a_changed_shard_is_made_again(sample, capsys):
+    flags = "--num-fid-samples", 4, "--per-proc-batch-size", 2
+    _, whole = sample("whole", *flags, "--to-npz")
+    _, folder = sample("run", *flags)
+    shard = folder / "shards" / "00000002-00000004.npy"
+    shard.write_bytes(shard.read_bytes().replace(b"\x80", b"\x81", 1))
+    assert sample("run", *flags, "--to-npz")[0] == 0
+    assert "00000002-00000004.npy.rejected: damaged, or of another run" in capsys.readouterr().out
+    assert (folder / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+    assert [path.name for path in (folder / "shards").iterdir()] == ["00000002-00000004.npy.rejected"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", "another run's"])
+def test_a_foreign_or_damaged_npz_is_not_complete(sample, capsys, content):
+    _, folder = sample("run", "--num-fid-samples", 2, "--to-npz")
+    other = sample("other", "--num-fid-samples", 2, "--global-seed", 1, "--to-npz")[1] / "samples.npz"
+    whole = (folder / "samples.npz").read_bytes()
+    (folder / "samples.npz").write_bytes(other.read_bytes() if isinstance(content, str) else content)
+    capsys.readouterr()
+    assert sample("run", "--num-fid-samples", 2, "--to-npz")[0] == 2
+    assert "run/samples.npz is damaged, or this run did not make it; move it away" in capsys.readouterr().err
+    (folder / "samples.npz").unlink()
+    assert sample("run", "--num-fid-samples", 2, "--to-npz")[0] == 0
+    assert (folder / "samples.npz").read_bytes() == whole
+
+
+def test_a_foreign_shards_folder_is_left_alone(sample, tmp_path):
+    foreign = tmp_path / "run" / "shards" / "train-00000.tar", tmp_path / "run" / ".cache.tmp"
+    foreign[0].parent.mkdir(parents=True)
+    for path in foreign:
+        path.write_bytes(b"mine")
+    for _ in range(2):
+        code, folder = sample("run", "--num-fid-samples", 2, "--to-npz")
+        assert code == 0 and all(path.read_bytes() == b"mine" for path in foreign)
+        assert list((folder / "shards").iterdir()) == [foreign[0]]
+
+
+# ---- the checkpoint --------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_the_checkpoint_is_found(sample, ckpt, tmp_path, capsys):
+    content = bytearray(ckpt.read_bytes())
+    content[len(content) // 3] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    assert sample("run", "--num-fid-samples", 2, "--ckpt", tmp_path / "flipped.pt")[0] == 2
+    assert "flipped.pt: not a readable checkpoint" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_link_that_moves_on_changes_nothing(sample, ckpt, tmp_path, monkeypatch):
+    _, direct = sample("direct", "--num-fid-samples", 2, "--to-npz")
+    link = tmp_path / "last.pt"
+    link.symlink_to(ckpt)
+    other = write_checkpoint(tmp_path / "other.pt", model=checkpoint_state(stirred_nano()))
+
+    def hash_and_move(path, hash=checkpoint_file.sha256):
+        digest = hash(path)
+        link.unlink()
+        link.symlink_to(other)
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_file, "sha256", hash_and_move)
+        code, folder = sample("run", "--num-fid-samples", 2, "--to-npz", "--ckpt", link)
+    assert code == 0 and (folder / "samples.npz").read_bytes() == (direct / "samples.npz").read_bytes()
+    receipts = [json.loads((folder / "samples.json").read_text()) for folder in (direct, folder)]
+    assert receipts[0]["settings"] == receipts[1]["settings"]
+    assert receipts[1]["checkpoint"] == str(ckpt.resolve())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("precision", ["none", "bf16"])
+def test_checkpoints_of_other_dtypes_are_sampled_from_in_float32(sample, tmp_path, dtype, precision):
+    state = checkpoint_state(calm_nano())
+    other = {name: value.to(dtype) for name, value in state.items()}
+    write_checkpoint(tmp_path / "other.pt", model=other)
+    write_checkpoint(tmp_path / "float32.pt", model={name: value.float() for name, value in other.items()})
+    flags = "--num-fid-samples", 2, "--to-npz", "--mixed-precision", precision, "--ckpt"
+    images = [load(sample(name, *flags, tmp_path / f"{name}.pt")[1])[0] for name in ("other", "float32")]
+    assert (images[0] == images[1]).all()
+
+
 # ---- clear errors ----------------------------------------------------------------------------------------------------
 
 
@@ -204,12 +308,14 @@ def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
         (["--cfg-scale", "inf"], "--cfg-scale: inf must be at least 1"),
         (["--class-ids", "10"], "--class-ids 10 must lie in 0 to 9"),
         (["--class-ids", "dog"], "--class-ids: dog must be numbers"),
-        (["--num-fid-samples", "0"], "--num-fid-samples: 0 must be at least 1"),
+        (["--num-fid-samples", "0"], "--num-fid-samples: 0 must lie in [1, 10000000]"),
         (["--per-proc-batch-size", "0"], "--per-proc-batch-size: 0 must be at least 1"),
         (["--global-seed", "-1"], "--global-seed: -1 must lie in 0 to 2^64 - 1"),
         (["--model", "SphereAR-B"], "--model SphereAR-B does not fit"),
         (["--ckpt", "missing.pt"], "missing.pt: no such checkpoint"),
         (["--ckpt", __file__], "not a readable checkpoint"),
+        (["--num-fid-samples", "99999999999"], "--num-fid-samples: 99999999999 must lie in [1, 10000000]"),
+        (["--global-seed", str(2**64)], f"--global-seed: {2**64} must lie in 0 to 2^64 - 1"),
         (["--sample-dir", __file__], "test_sample_ddp.py"),
     ],
 )
@@ -297,7 +403,8 @@ def test_a_run_keeps_to_the_linear_ways_it_chose(sample, tmp_path, monkeypatch):
     assert list(stored) == ["6"] and set(stored["6"].values()) == {"columns"}
     (tmp_path / "run" / "samples.npz").unlink()
     (tmp_path / "run" / "shards").mkdir()
-    shards.write_shard(tmp_path / "run" / "shards", 3, images[3:])  # as if killed before the first batch
+    run = json.loads((tmp_path / "run" / "samples.json").read_text())["settings"]
+    shards.write_shard(tmp_path / "run" / "shards", 3, images[3:].astype(np.uint8), key_of(run))  # as if killed
     asked.clear()
     assert (brief(sample, "run") == images).all() and not asked
     assert np.abs(brief(sample, "plain", "--no-compile") - images).max() <= 1 and not asked

@@ -88,7 +88,8 @@ def test_flat_latents_are_shifted_and_scaled_for_the_ar_model_and_back_for_the_d
         ({"posterior": "fixed-sigma"}, "sigma None"),
         ({"posterior": "fixed-sigma", "sigma": 0.0}, "sigma 0.0"),
         ({"posterior": "gaussian", "sigma": 0.2}, "sigma 0.2"),
-        ({"posterior": "gaussian", "latent_scale": 0.0}, "latent_scale 0.0"),
+        ({"posterior": "gaussian", "projection": "none", "latent_scale": 0.0}, "latent_scale 0.0"),
+        ({"latent_scale": 2.0}, "latent_scale 2.0"),
     ],
 )
 def test_contradictions_of_posterior_and_projection_are_refused(bad, word):

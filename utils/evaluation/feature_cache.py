@@ -1,5 +1,6 @@
 """Inception features kept beside a file, so that the next evaluation of the same file need not compute them."""
 
+import errno
 import json
 import sys
 import zipfile
@@ -15,6 +16,7 @@ from utils.evaluation.npz_reader import DAMAGE, NpzReader
 from utils.files import atomic_file
 
 VERSION = 1  # of our network and statistics; a new number makes feature caches void
+FIRST_MEMBER = b"record.npy"
 
 
 def cache_path(images: Path) -> Path:
@@ -38,11 +40,24 @@ def load_features(images: Path, key: dict, names: set[str]) -> tuple[Features, s
         return None
 
 
+def is_cache(path: Path) -> bool:
+    """Whether a file begins as save_features writes it, damaged behind that or not: only such a one is replaced."""
+    with open(path, "rb") as file:
+        start = file.read(30 + len(FIRST_MEMBER))
+    return start[:4] == b"PK\x03\x04" and start[30:] == FIRST_MEMBER
+
+
 def save_features(images: Path, key: dict, features: Features, sha256: str) -> None:
-    """Save features and the sha256 of `images` under what they depend on (`key`, plain values), atomically."""
+    """Save features and the sha256 of `images` under what they depend on (`key`, plain values), atomically.
+
+    Raises OSError where that cannot be, or a file that is no cache has its name.
+    """
+    path = cache_path(images)
+    if path.exists() and not is_cache(path):
+        raise FileExistsError(errno.EEXIST, "exists and is no feature cache", str(path))
     record = json.dumps({"key": {"version": VERSION, **key}, "sha256": sha256}).encode()
     arrays = {"pool": features.pool.cpu().numpy(), **features.statistics}
-    with atomic_file(cache_path(images)) as file:
+    with atomic_file(path) as file:
         np.savez(file, record=np.frombuffer(record, np.uint8), **arrays)
 
 

@@ -22,6 +22,7 @@ from utils.evaluation.frechet import InceptionScore, Moments
 from utils.evaluation.inception import POOL_DIM, SPATIAL_DIM
 
 FLOAT16_NORM = 15_000  # squared norms up to this keep all squared distances below float16's largest, 65,504
+MEMORY = 2**30  # bytes of images in work at once, as float32; the process peaks at about three times this
 
 
 @dataclass
@@ -59,6 +60,15 @@ class Extractor:
 
     def __exit__(self, *_) -> None:
         self.pool.shutdown()
+
+
+def workers_within_memory(cores: int, batch_size: int, height: int, width: int) -> int:
+    """How many batches may be in work at once, at most `cores`. Raises ValueError where MEMORY does not hold one."""
+    fits = MEMORY // (4 * 3 * height * width)
+    if fits < batch_size:
+        remedy = f"take --batch-size {fits}" if fits else "scale them down first, the network sees 299 x 299 pixels"
+        raise ValueError(f"images of {height} x {width} pixels are too large for batches of {batch_size}: {remedy}")
+    return min(cores, fits // batch_size)
 
 
 def my_parts(count: int, length: int) -> Iterator[range]:

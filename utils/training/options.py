@@ -1,6 +1,7 @@
 """train.py's command line: every flag with its range, the recipes' values as defaults, and what cannot go together."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from utils.script import SEED, Parser, above, at_least, number, within
 # The recipes' values. A flag that stands in one of them only has no effect in the other stage, and is refused there.
 SVAE_RECIPE = dict(
     epochs=100, global_batch_size=256, lr=1e-4, warmup_steps=-1, decay_start=-1, ema=0.0, reconstruction_weight=1.0,
-    perceptual_weight=1.0, disc_weight=0.5, disc_start=20_000, kl_weight=0.004, vgg_weights=None,
+    perceptual_weight=1.0, disc_weight=0.5, disc_start=20_000, kl_weight=0.004, vgg_weights=None, sigma=None,
 )  # fmt: skip
 AR_RECIPE = dict(
     epochs=400, global_batch_size=512, lr=3e-4, warmup_steps=20_000, decay_start=None, ema=0.9999, trained_vae=None,
@@ -27,7 +28,11 @@ MIN_LR = 1e-5
 # Flags that may differ when a run is resumed, and those of them whose change is told. All others must be as they were;
 # those of the architecture are not compared themselves, but the architecture that comes of them.
 TOLD = {"lr", "min_lr", "max_grad_norm", "mixed_precision"}
-ARCHITECTURE = {"image_size", "patch_size", "latent_dim", "cls_token_num", "class_dropout", "diff_batch_mul"}
+ARCHITECTURE = {
+    "image_size", "patch_size", "latent_dim", "posterior", "projection", "sigma", "cls_token_num", "class_dropout",
+    "diff_batch_mul",
+}  # fmt: skip
+MEASURED = {"latent_shift", "latent_scale", "svae.latent_shift", "svae.latent_scale"}  # follow from the weights
 FREE = TOLD | ARCHITECTURE | {
     "data_path", "results_dir", "trained_vae", "vgg_weights", "epochs", "max_steps", "grad_accum_steps", "num_workers",
     "log_every", "save_every", "keep_freq", "sample_every", "compile", "grad_checkpointing", "max_skipped_steps",
@@ -37,8 +42,12 @@ FREE = TOLD | ARCHITECTURE | {
 OR_NONE = number(int, lambda value: value >= -1, "be at least 0, or -1 for none")
 
 
-def parse_args(argv: list[str] | None, description: str, models: list[str]) -> argparse.Namespace:
+def parse_args(
+    argv: list[str] | None, description: str, models: list[str], posteriors: list[str], projections: list[str]
+) -> argparse.Namespace:
     """The command line with its stage's recipe as defaults; None stands for a flag that has no effect.
+
+    models, posteriors and projections are the choices of the flags of those names.
 
     Raises ValueError for flags that cannot go together.
     """
@@ -58,6 +67,10 @@ def parse_args(argv: list[str] | None, description: str, models: list[str]) -> a
     add("--image-size", type=at_least(1), help="side of the images in pixels [the model's]")
     add("--patch-size", type=int, choices=[4, 8, 16, 32], help="side of a token in pixels [the model's]")
     add("--latent-dim", type=at_least(2), help="dimension of a token [the model's]")
+    add("--posterior", choices=posteriors, help="the S-VAE's law of latents; with --trained-vae, its own [the model's]")
+    add("--sigma", type=above(0), help="S-VAE: deviation of the posterior fixed-sigma")
+    add("--projection", choices=projections, help="of latents onto the sphere: for decoder and AR model, for the "
+        "decoder only, or not [all; none for posteriors that are not spherical]")  # fmt: skip
     add("--num-classes", type=at_least(1), help="classes in the data [the model's]")
     add("--cls-token-num", type=at_least(1), help="AR: class tokens in front [the model's]")
     add("--class-dropout", type=within(0.0, 1.0), help="AR: share of labels replaced by the null class [0.1]")
@@ -134,11 +147,6 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def given(args: argparse.Namespace, **fields: str) -> dict:
-    """Those of the flags that were given, by the name of the field that each sets: field="flag"."""
-    return {field: getattr(args, name) for field, name in fields.items() if getattr(args, name) is not None}
-
-
 def fill_in_recipe(args: argparse.Namespace) -> None:
     """Give flags that were left out their stage's values. Raises ValueError for a flag that has no effect."""
     own, other = (SVAE_RECIPE, AR_RECIPE) if args.vae_only else (AR_RECIPE, SVAE_RECIPE)
@@ -178,6 +186,37 @@ def check_together(args: argparse.Namespace) -> None:
         )
 
 
+SVAE_FIELDS = "image_size", "patch_size", "latent_dim", "posterior", "sigma", "projection"
+AR_FIELDS = {
+    "num_classes": "num_classes", "num_class_tokens": "cls_token_num", "class_dropout_prob": "class_dropout",
+    "diffusion_batch_mul": "diff_batch_mul",
+}  # fmt: skip
+
+
+def svae_config(args: argparse.Namespace, preset):
+    """The S-VAE's config: the preset's (models.SVAEConfig) with what the flags change."""
+    given = {name: getattr(args, name) for name in SVAE_FIELDS}
+    return preset.changed(**{name: value for name, value in given.items() if value is not None})
+
+
+def ar_config(args: argparse.Namespace, preset, svae):
+    """The AR model's config: the preset's (models.SphereARConfig) with what the flags change, over a trained S-VAE.
+
+    Raises ValueError where a flag contradicts that S-VAE, or where it is not ready.
+    """
+    for name in SVAE_FIELDS:
+        asked, trained = getattr(args, name), getattr(svae, name)
+        if asked not in (None, trained):
+            raise ValueError(
+                f"{flag(name)} {asked}: the S-VAE {args.trained_vae} was trained with {trained}; leave the flag out, "
+                "or give the S-VAE that fits"
+            )
+    if svae.is_flat and svae.latent_scale is None:
+        raise ValueError(f"--trained-vae {args.trained_vae}: its latents' scale is not measured yet; end its training")
+    given = {field: getattr(args, name) for field, name in AR_FIELDS.items()}
+    return dataclasses.replace(preset, svae=svae, **{name: value for name, value in given.items() if value is not None})
+
+
 def check_run(args: argparse.Namespace, steps_per_epoch: int) -> int:
     """The number of updates of the run. Raises ValueError where batch, schedule and processes do not fit together."""
     shares = args.world_size * args.grad_accum_steps
@@ -211,7 +250,7 @@ def check_same_run(path: Path, args_before: argparse.Namespace, args: argparse.N
     if "vae_only" not in changed:
         old, new = flatten(config_before), flatten(config)
         others += [f"architecture: {name} was {old.get(name)}, now {new.get(name)}"
-                   for name in sorted(old | new) if old.get(name) != new.get(name)]  # fmt: skip
+                   for name in sorted((old | new).keys() - MEASURED) if old.get(name) != new.get(name)]  # fmt: skip
     if others:
         raise ValueError(
             f"--results-dir {args.results_dir} holds another run ({path.name}): {'; '.join(others)}; "

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from utils.evaluation.feature_cache import cache_path
 from utils.files import atomic_file, read_json, write_json
 
 METRICS = "Inception Score", "FID", "sFID", "Precision", "Recall"
@@ -28,16 +29,26 @@ def recorded(path: Path) -> dict:
     return read_json(path, "move it away to let the evaluation be recorded") if path.exists() else {}
 
 
-def check_outputs(reference: Path, samples: Path) -> None:
-    """Raise ValueError, before anything is computed, where the results could not be written."""
-    for path in outputs(samples):
-        if path in (reference, samples):
-            raise ValueError(f"{path}: the results would be written over it; name it .npz")
+def check_outputs(reference: Path, samples: Path, *, cache_features: bool = False) -> None:
+    """Raise ValueError, before anything is computed, where the results could not be written or would replace a file.
+
+    What is not ours stays: an input, and a SAMPLE.txt that holds something else than results.
+    """
+    caches = [cache_path(path) for path in (reference, samples)] if cache_features else []
+    for path in (*outputs(samples), *caches):
+        if any(path == given or (path.exists() and path.samefile(given)) for given in (reference, samples)):
+            what = "features" if path in caches else "results"
+            raise ValueError(f"{path}: the {what} would be written over it; give it another name, ending in .npz")
+    numbers, record = outputs(samples)
     if not os.access(samples.parent, os.W_OK):
         raise ValueError(
             f"{samples.parent}: cannot be written to, but the results go there; link the samples elsewhere"
         )
-    recorded(outputs(samples)[1])
+    if numbers.exists() and not all(
+        line.startswith(METRICS) for line in numbers.read_bytes().decode("latin1").splitlines()
+    ):
+        raise ValueError(f"{numbers} is no result of an evaluation: move it away to let one be written")
+    recorded(record)
 
 
 def write(result: dict, samples: Path) -> None:
