@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,8 @@ from utils.training.optim import learning_rate, load_optimizer, set_lr
 from utils.training.options import ar_config, check_run, check_same_run, parse_args, svae_config
 from utils.training.players import Player, make_player
 from utils.training.preemption import Preemption
-from utils.training.tracker import Progress, Tracker
+from utils.training.report import stop, stop_if_broken
+from utils.training.tracker import Progress, Tracker, add_to
 
 NUM_PREVIEWS = 16
 NUM_MEASURED, MEASURED_AT_ONCE = 8192, 64  # images for the scale of flat latents, over all processes
@@ -53,11 +53,14 @@ PREVIEW_SETTINGS = SamplingSettings(cfg_scale=3.0, num_sampling_steps=50)
 
 
 def load_svae(path: str) -> SVAE:
-    """The S-VAE in a checkpoint, ours or published, alone or inside an AR model."""
+    """The S-VAE in a checkpoint, ours or published, alone or inside an AR model; every byte of it is verified."""
     try:
-        model = checkpoint_file.load(path, from_checkpoint)
+        file = distributed.from_main(lambda: checkpoint_file.examine(path))
+        with distributed.all_or_none():
+            model = checkpoint_file.load_examined(file, from_checkpoint)
     except ValueError as error:
-        raise ValueError(f"--trained-vae {error}; train one with --vae-only, or name its file") from error
+        error.args = (f"--trained-vae {error}; train one with --vae-only, or name its file",)
+        raise
     return model if isinstance(model, SVAE) else model.vae
 
 
@@ -109,12 +112,6 @@ class Stage:
 def posterior_draws(svae: SVAE, draws: StepDraws) -> Draws:
     config = svae.config
     return Draws(*draws.posterior(config.num_tokens, *POSTERIORS[config.posterior].num_draws(config.latent_dim)))
-
-
-def add_to(totals: dict[str, Tensor], share: float, **values: Tensor) -> None:
-    for name, value in values.items():
-        value = value.detach() * share
-        totals[name] = totals[name] + value if name in totals else value
 
 
 class SVAEStage(Stage):
@@ -316,28 +313,10 @@ def averaged(stage: Stage, ema: EMA | None) -> Iterator[nn.Module]:
         yield model
 
 
-def stop_if_broken(tracker: Tracker, checkpoints: CheckpointFolder, limit: int) -> bool:
-    """Whether the newest update was skipped. Raises FloatingPointError after `limit` of them in a row."""
-    skipped = tracker.count_skipped()
-    if skipped >= limit:
-        stop(checkpoints, f"{skipped} updates in a row were not finite (--max-skipped-steps {limit})")
-    return skipped > 0
-
-
-def stop(checkpoints: CheckpointFolder, reason: str) -> NoReturn:
-    checkpoints.wait()
-    last = checkpoints.good[-1] if checkpoints.good else "none"
-    with distributed.all_or_none():
-        raise FloatingPointError(
-            f"{reason}; stopped. Last checkpoint, from before them: {last}. The same command with a lower --lr or "
-            "--mixed-precision none continues from it"
-        )
-
-
 def build(args: argparse.Namespace, device: torch.device) -> tuple[Stage, ImageDataset]:
     """The stage and the data that the flags ask for. An error of one process is raised on all."""
+    vae = None if args.vae_only else load_svae(args.trained_vae)
     with distributed.all_or_none():
-        vae = None if args.vae_only else load_svae(args.trained_vae)
         preset = PRESETS[args.model]
         config = svae_config(args, preset.svae) if vae is None else ar_config(args, preset, vae.config)
         data = build_dataset(

@@ -147,11 +147,6 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def given(args: argparse.Namespace, **fields: str) -> dict:
-    """Those of the flags that were given, by the name of the field that each sets: field="flag"."""
-    return {field: getattr(args, name) for field, name in fields.items() if getattr(args, name) is not None}
-
-
 def fill_in_recipe(args: argparse.Namespace) -> None:
     """Give flags that were left out their stage's values. Raises ValueError for a flag that has no effect."""
     own, other = (SVAE_RECIPE, AR_RECIPE) if args.vae_only else (AR_RECIPE, SVAE_RECIPE)

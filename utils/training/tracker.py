@@ -26,6 +26,13 @@ def summary_writer(folder: Path, step: int):
     return SummaryWriter(str(folder), purge_step=step)
 
 
+def add_to(totals: dict[str, torch.Tensor], share: float, **values: torch.Tensor) -> None:
+    """Add values of one part of a step, times its share, to the step's."""
+    for name, value in values.items():
+        value = value.detach() * share
+        totals[name] = totals[name] + value if name in totals else value
+
+
 @dataclass
 class Progress:
     """Where a run stands."""
