@@ -9,7 +9,6 @@ turns, on one graph of the original's form with random weights.
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -24,9 +23,12 @@ import torch
 import evaluator
 from tests.helpers.graph_def import inception_graph
 from utils.evaluation import inception_weights
+from utils.evaluation.features import Extractor
 from utils.evaluation.frechet import frechet_distance
 from utils.evaluation.inception import Inception
-from utils.files import atomic_file
+from utils.evaluation.npz_reader import NpzReader
+from utils.files import write_json
+from utils.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "evaluator.json"
 
@@ -40,17 +42,18 @@ def measure_features(backend: str, graph: Path, images: int, size: int) -> dict:
     network = TensorFlowInception(graph) if backend == "tensorflow" else read_weights(graph).network().to(device)
     if backend == "torch" and device.type == "cpu":
         network.pack(2)
-    pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8))
+    data = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8))
+    workers = torch.get_num_threads() if backend == "torch" and device.type == "cpu" else 1
     speeds, per_cpu_second = {}, {}
     for batch in (2, 8, 32) if device.type == "cpu" else (32, 64):
-        batches = evaluator.Batches(network, batch, device)
-        batches(pictures)
-        started, cpu, done = time.perf_counter(), time.process_time(), 0
-        while done < images:
-            batches(pictures).cpu()
-            done += len(pictures)
-        speeds[batch] = done / (time.perf_counter() - started)
-        per_cpu_second[batch] = done / (time.process_time() - cpu)
+        with Extractor(network, batch, device, workers) as extractor:
+            extractor(data)
+            started, cpu, done = time.perf_counter(), time.process_time(), 0
+            while done < images:
+                extractor(data).cpu()
+                done += len(data)
+            speeds[batch] = done / (time.perf_counter() - started)
+            per_cpu_second[batch] = done / (time.process_time() - cpu)
     result = {"images_per_second": speeds, "images_per_cpu_second": per_cpu_second}
     return {**result, "peak_mb": peak_mb(), "device": str(device)}
 
@@ -94,14 +97,14 @@ def measure_peak(folder: Path, pr_dtype: str, samples: int = 50_000, references:
     for name, count in (("reference", references), ("samples", samples)):
         write_sparse(folder / f"{name}.npz", count, size)
     inception_weights.Inception = Mostly
-    read, rng = evaluator.NpzReader.read, np.random.default_rng(0)
+    read, rng = NpzReader.read, np.random.default_rng(0)
 
-    def noise(reader: evaluator.NpzReader, start: int, stop: int) -> np.ndarray:
+    def noise(reader: NpzReader, start: int, stop: int) -> np.ndarray:
         images = read(reader, start, stop).copy()
         images[:, ::32, ::32] = rng.integers(0, 256, images[:, ::32, ::32].shape)
         return images
 
-    evaluator.NpzReader.read = noise
+    NpzReader.read = noise
     started = time.perf_counter()
     files = [str(folder / name) for name in ("reference.npz", "samples.npz")]
     status = evaluator.main([*files, "--inception", str(folder / "graph.pb"), "--pr-dtype", pr_dtype])
@@ -143,12 +146,7 @@ def peak_mb() -> float:
 
 def machine() -> dict:
     """Where and with what this was measured."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": model, "cores": os.cpu_count(), "gpu": gpu, "load": os.getloadavg(), "torch": torch.__version__,
-            "scipy": scipy.__version__, "python": platform.python_version(), "commit": commit}  # fmt: skip
+    return {**provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "load": os.getloadavg()}
 
 
 def main() -> None:
@@ -191,8 +189,7 @@ def main() -> None:
         whole = {pr_dtype: part(pr_dtype) for pr_dtype in ("float16", "float32")}
         result["whole command, 50,000 against 10,000 at 256 px, by --pr-dtype"] = whole
     result["machine at end"] = machine()
-    with atomic_file(RESULT) as file:
-        file.write(json.dumps(result, indent=2).encode() + b"\n")
+    write_json(RESULT, result)
 
 
 if __name__ == "__main__":

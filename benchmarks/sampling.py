@@ -10,9 +10,7 @@ image's time is put together from the phases: prefill + tokens x (noise + head +
 
 import argparse
 import copy
-import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -24,19 +22,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sample_ddp
-from models import PRESETS, SphereAR
-from models.flow import guide, time_grid
-from utils.files import atomic_file
-from utils.sampling.few_rows import choose_ways, use_ways
-from utils.sampling.graphs import cast_weights, make_static
+from models import PRESETS, Phases, SamplingSettings, SphereAR, decode
+from models.flow import guide
+from models.samplers import SAMPLERS, uniform_times
+from utils.files import write_json
+from utils.images import to_uint8
+from utils.noise import normals
+from utils.provenance import provenance
+from utils.sampling.draws import compiled_normals, image_noise
+from utils.sampling.few_rows import choose_ways, is_large, use_ways
+from utils.sampling.graphs import cast_weights, compile_pieces, static_phases
 
-SCALE = 4.5
+LAST_STEP_SIZE = SamplingSettings().last_step_size
 
 
 def straightforward_head(model: SphereAR, condition: Tensor, noise: Tensor, scale: float | None) -> Tensor:
     """Euler-Maruyama with nothing taken out of the loop: time, condition and adaLN parameters at every evaluation."""
-    times, dt = time_grid(len(noise) - 1, sample_ddp.LAST_STEP_SIZE)
+    times = uniform_times(len(noise) - 1, LAST_STEP_SIZE)
+    dt = times[1]
 
     def velocity(x: Tensor, t: float) -> Tensor:
         x = x if scale is None else torch.cat([x, x])
@@ -46,7 +49,7 @@ def straightforward_head(model: SphereAR, condition: Tensor, noise: Tensor, scal
     x = noise[0]
     for t, draw in zip(times, noise[1:]):
         x = x + ((1 + t) * velocity(x, t) - x) * dt + (2 * (1 - t) * dt) ** 0.5 * draw
-    return x + sample_ddp.LAST_STEP_SIZE * velocity(x, times[-1])
+    return x + LAST_STEP_SIZE * velocity(x, times[-1])
 
 
 def build(name: str, device: torch.device) -> SphereAR:
@@ -78,37 +81,39 @@ def ceiling(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
 
 
 def phases_of(
-    model: SphereAR, straight: bool, batch: int, guided: bool, steps: int, device, args
+    model: SphereAR, phases: Phases | None, settings: SamplingSettings, batch: int, device: torch.device, args
 ) -> dict[str, Callable]:
-    """The parts of a generation as functions without arguments; `decode_step` is three positions over the sequence."""
+    """The parts of a generation as functions without arguments; `decode_step` is three positions over the sequence.
+
+    phases: ours, or None for the straightforward implementation.
+    """
     torch.manual_seed(1)
     c = model.config
-    rows = batch * (2 if guided else 1)
+    rows, scale = (2 * batch, settings.cfg_scale) if settings.cfg_scale > 1 else (batch, None)
     labels = torch.cat([torch.arange(batch) % c.num_classes, torch.full((rows - batch,), c.null_class)]).to(device)
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    cache = model.new_cache(rows, dtype, device)
-    draw = sample_ddp.compiled_normals() if args.compile else sample_ddp.normals
-    noise_of = sample_ddp.image_noise(0, torch.arange(batch, device=device), steps, c.latent_dim, draw)
+    own = phases or Phases.of(model, settings)
+    cache = own.new_cache(rows, torch.bfloat16 if args.precision == "bf16" else torch.float32, device)
+    images = torch.arange(batch, device=device)
+    noise_of = image_noise(0, images, settings.num_noise, c.latent_dim, compiled_normals() if args.compile else normals)
     noise = noise_of(1, batch)
     tokens = torch.nn.functional.normalize(torch.randn(rows, c.latent_dim, device=device), dim=-1) * c.radius
     image_tokens = tokens[:batch, None].expand(-1, c.num_tokens, -1)
-    condition = model.prefill(labels, cache)
-    scale = SCALE if guided else None
+    condition = own.prefill(labels, cache)
     positions = [0, c.num_tokens // 2, c.num_tokens - 2]
-    if straight:
+    if phases is None:
         head = lambda: straightforward_head(model, condition, noise, scale)  # noqa: E731
-        draws = lambda: torch.randn(steps + 1, batch, c.latent_dim, device=device)  # noqa: E731
+        draws = lambda: torch.randn(settings.num_noise, batch, c.latent_dim, device=device)  # noqa: E731
         decoder = lambda: model.vae.decode(image_tokens)  # noqa: E731
     else:
-        times = model.head.embed_times(steps, sample_ddp.LAST_STEP_SIZE)
-        head = lambda: model.head.sample(condition, noise, times, scale, sample_ddp.LAST_STEP_SIZE, "sde")  # noqa: E731
+        times = model.head.embed_times(settings.times)
+        head = lambda: phases.sample_token(condition, noise, times, scale)  # noqa: E731
         draws = lambda: noise_of(1, batch)  # noqa: E731
-        decoder = lambda: sample_ddp.decode(model, image_tokens)  # noqa: E731
+        decoder = lambda: [to_uint8(part) for part in decode(model, image_tokens)]  # noqa: E731
     return {
-        "prefill": lambda: model.prefill(labels, cache),
+        "prefill": lambda: own.prefill(labels, cache),
         "noise": draws,
         "head": head,
-        "decode_step": lambda: [model.decode_step(tokens, position, cache) for position in positions],
+        "decode_step": lambda: [own.decode_step(tokens, position, cache).clone() for position in positions],
         "decoder": decoder,
     }
 
@@ -119,7 +124,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--precision", choices=("none", "bf16"), default="none")
     parser.add_argument("--no-guidance", action="store_true")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=SamplingSettings().num_sampling_steps)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
@@ -136,11 +141,14 @@ def main() -> None:
     fast, ways = copy.deepcopy(plain, shared), {}
     if args.precision == "bf16":
         cast_weights(fast, torch.bfloat16)
-    if args.compile:
-        make_static(fast)
+    scale = SamplingSettings().cfg_scale if guided else 1.0
+    settings = SamplingSettings(cfg_scale=scale, num_sampling_steps=args.steps)
     trunk, rows = nn.ModuleList([fast.layers, fast.head]), args.batch * (1 + guided)
-    if not args.compile and device.type == "cpu" and sum(p.numel() for p in trunk.parameters()) > sample_ddp.LARGE:
+    if not args.compile and device.type == "cpu" and is_large(trunk):
         use_ways(trunk, ways := choose_ways(trunk, rows), rows)
+    ours = Phases.of(fast, settings, compile_pieces(fast, SAMPLERS["sde"]) if args.compile else None)
+    if args.compile:
+        ours = static_phases(ours, fast.config.num_class_tokens)
 
     config = plain.config
     calls = {"prefill": 1, "noise": config.num_tokens, "head": config.num_tokens, "decoder": 1}
@@ -150,8 +158,8 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {"straightforward": {}, "ours": {}}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.precision == "bf16"):
         phases = {
-            name: phases_of(model, name == "straightforward", args.batch, guided, args.steps, device, args)
-            for name, model in {"straightforward": plain, "ours": fast}.items()
+            name: phases_of(model, its_own, settings, args.batch, device, args)
+            for name, model, its_own in (("straightforward", plain, None), ("ours", fast, ours))
         }
         difference = {}
         for phase in ("head", "decode_step"):
@@ -201,18 +209,12 @@ def main() -> None:
         "share_of_ceiling": {name: value * per_image / peak for name, value in rate.items()},
         "largest_relative_difference": difference,
         "linear_ways": ways,
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
-            "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg(),
-            "torch": torch.__version__,
-        },
+        "machine": {**provenance(device), "load_average": os.getloadavg()},
     }
     name = f"sampling_{args.model}_{device.type}_{args.batch}_{args.precision}.json"
     path = Path(args.out or Path(__file__).parent / "results" / name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(json.dumps(report, indent=2).encode() + b"\n")
+    write_json(path, report)
     print(path)
 
 

@@ -10,7 +10,6 @@ Both run in turns in one process. Results go to benchmarks/results/training.json
 import argparse
 import copy
 import json
-import platform
 import statistics
 import sys
 import time
@@ -22,12 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
 from dataset import Sample  # noqa: E402
-from models import PRESETS, SVAE, SphereAR  # noqa: E402
+from models import PRESETS, SphereAR  # noqa: E402
 from models.flow import interpolate  # noqa: E402
-from models.losses import kl_loss  # noqa: E402
+from models.posteriors import Draws  # noqa: E402
+from utils import script  # noqa: E402
+from utils.images import to_float  # noqa: E402
+from utils.provenance import provenance  # noqa: E402
+from utils.training.draws import StepDraws  # noqa: E402
 from utils.training.ema import EMA  # noqa: E402
+from utils.training.players import make_player  # noqa: E402
 
 
 def synchronise(device: torch.device) -> None:
@@ -55,6 +58,51 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
 
 
+class Ours:
+    """The step of train.py, from the same parts."""
+
+    def __init__(self, model: SphereAR, autocast: torch.autocast, device: torch.device):
+        self.model, self.autocast, self.device = model, autocast, device
+        self.player = make_player(
+            "model", model, device, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, is_fp16=False, num_parts=1
+        )
+        self.ema = EMA(model.named_parameters(), 0.9999)
+
+    def images(self, batch: Sample) -> torch.Tensor:
+        memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        return to_float(batch.image.to(self.device).to(memory_format=memory_format))
+
+    def posterior_draws(self, draws: StepDraws) -> Draws:
+        config = self.model.config
+        return Draws(*draws.posterior(config.num_tokens, *self.model.vae.posterior.num_draws(config.latent_dim)))
+
+    def inputs(self, batch: Sample, draws: StepDraws) -> tuple[torch.Tensor, ...]:
+        """What goes with the tokens: labels, flow times, flow noise."""
+        config = self.model.config
+        label = batch.label.to(self.device).where(~draws.is_dropped(config.class_dropout_prob), config.null_class)
+        t = draws.flow_times(config.diffusion_batch_mul, config.num_tokens)
+        return label, t, draws.flow_noise(config.diffusion_batch_mul, config.num_tokens, config.latent_dim)
+
+    def tokens(self, batch: Sample, draws: StepDraws) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model.vae.encode(self.images(batch)).sample_from(self.posterior_draws(draws))
+
+    def backward(self, batch: Sample) -> None:
+        draws = StepDraws(0, 0, batch.index.to(self.device))
+        inputs = self.inputs(batch, draws)
+        with self.autocast:
+            loss = self.player(self.tokens(batch, draws), *inputs)
+        self.player.backward(loss)
+
+    def update(self) -> None:
+        self.player.update(1.0)
+        self.ema.update()
+
+    def step(self, batch: Sample) -> None:
+        self.backward(batch)
+        self.update()
+
+
 class Straightforward:
     """The step as one writes it first."""
 
@@ -66,12 +114,12 @@ class Straightforward:
 
     def step(self, batch: Sample) -> float:
         model, config = self.model, self.model.config
-        images = (batch.image.float() / 127.5 - 1).to(self.device)
+        images = to_float(batch.image).to(self.device)
         labels = batch.label.to(self.device)
         with self.autocast:
             posterior = model.vae.encode(images)
-            kl_loss(posterior)
-            tokens = (config.radius * posterior.rsample()).detach()
+            posterior.kl().mean()
+            tokens = posterior.sample().detach()
             dropped = torch.rand(len(labels), device=self.device) < config.class_dropout_prob
             condition = model.condition(tokens, labels.where(~dropped, config.null_class))
             target = tokens.flatten(0, 1).repeat(config.diffusion_batch_mul, 1)
@@ -100,94 +148,78 @@ def main() -> None:
     options = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = options.precision or ("bf16" if device.type == "cuda" else "none")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    precision = script.choose_precision(options.precision, device)
+    script.allow_tf32(products=device.type == "cuda", convolutions=device.type == "cuda")
     torch.manual_seed(0)
     config = PRESETS[options.model]
-    settings = argparse.Namespace(
-        mixed_precision=precision, lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.05, max_grad_norm=1.0, global_seed=0,
-        grad_accum_steps=1, grad_checkpointing=options.grad_checkpointing, compile=options.compile,
-    )  # fmt: skip
-    stage = train.ARStage(settings, config, SVAE(config.svae), device)
-    ema = EMA(stage.trained.named_parameters(), 0.9999)
-    plain_model = copy.deepcopy(stage.trained)
-    plain_model.vae.to(memory_format=torch.contiguous_format)
-    straightforward = Straightforward(plain_model, stage.autocast, device)
+    autocast = script.autocast(device, precision)
+    model = SphereAR(config).to(device)
+    model.vae.requires_grad_(False).eval()
+    straightforward = Straightforward(copy.deepcopy(model), autocast, device)
+    model.vae.to(memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    model.grad_checkpointing = options.grad_checkpointing
+    if options.compile:
+        for module in (*model.layers, model.head.net, *model.vae.encoder.layers, model.vae.encoder.patchify):
+            module.compile()
+    ours = Ours(model, autocast, device)
     side, batch_size = config.svae.image_size, options.batch_size
     batch = Sample(
         torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8),
         torch.randint(config.num_classes, (batch_size,)), torch.arange(batch_size), [""] * batch_size,
     )  # fmt: skip
 
-    def ours() -> None:
-        stage.backward([batch], 0)
-        stage.update()
-        ema.update()
-
     with FlopCounterMode(display=False) as counter:
-        stage.backward([batch], 0)
+        ours.backward(batch)
     flop = counter.get_total_flops() / batch_size
     for _ in range(3):
-        ours()
+        ours.step(batch)
         straightforward.step(batch)
     times = {"ours": [], "straightforward": []}
     for _ in range(options.steps):
-        times["ours"].append(seconds(ours, device))
+        times["ours"].append(seconds(lambda: ours.step(batch), device))
         times["straightforward"].append(seconds(lambda: straightforward.step(batch), device))
     medians = {name: statistics.median(values) for name, values in times.items()}
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        ours()
-    index = batch.index.to(device)
-    images, label = stage.images(batch), batch.label.to(device)
-    with stage.autocast:
-        tokens = stage.tokens(images, index, 0)
-        labels, t, noise = stage.draws(label, index, 0)
+        ours.step(batch)
+    draws = StepDraws(0, 0, batch.index.to(device))
+    with autocast:
+        tokens, (labels, t, noise) = ours.tokens(batch, draws), ours.inputs(batch, draws)
 
     def transformer() -> None:
-        with stage.autocast:
-            condition = stage.trained.condition(tokens, labels)
+        with autocast:
+            condition = model.condition(tokens, labels)
         condition.float().sum().backward()
 
     condition = torch.randn(batch_size, config.num_tokens, config.width, device=device, requires_grad=True)
 
     def head() -> None:
-        with stage.autocast:
-            loss = stage.trained.head.loss(tokens, condition, t, noise)
+        with autocast:
+            loss = model.head.loss(tokens, condition, t, noise)
         loss.backward()
 
     def encode() -> None:
-        with stage.autocast, torch.no_grad():
-            stage.trained.vae.encode(stage.images(batch))
-
-    def optimizer() -> None:
-        stage.update()
-        ema.update()
+        with autocast, torch.no_grad():
+            model.vae.encode(ours.images(batch))
 
     parts = {
         "S-VAE encode": encode,
-        "random draws": lambda: (stage.draws(label, index, 0), stage.posterior_draws(index, 0)),
+        "random draws": lambda: (ours.inputs(batch, draws), ours.posterior_draws(draws)),
         "transformer": transformer,
         "head": head,
     }
     milliseconds = {name: 1e3 * median_seconds(part, device, options.steps) for name, part in parts.items()}
     values = []
     for _ in range(options.steps):
-        stage.backward([batch], 0)
-        values.append(seconds(optimizer, device))
+        ours.backward(batch)
+        values.append(seconds(ours.update, device))
     milliseconds["optimizer, clipping, EMA"] = 1e3 * statistics.median(values)
 
     ceiling = matmul_ceiling(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
     result = {
         "model": options.model, "batch_size": batch_size, "precision": precision, "compile": options.compile,
-        "device": name, "torch": torch.__version__,
+        "made_by": provenance(device),
         "images_per_second": {key: batch_size / value for key, value in medians.items()},
         "times_faster": medians["straightforward"] / medians["ours"],
         "step_ms": {key: 1e3 * value for key, value in medians.items()},

@@ -7,11 +7,13 @@ from models.checkpoint import (
     config_to_dict,
     from_checkpoint,
     load_state,
+    own_names,
 )
 from models.generation import Phases, SamplingSettings, decode, generate_tokens
 from models.sphere import HypersphericalUniform, PowerSpherical, project_to_sphere
 from models.spherear import PRESETS, SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig, stem_channels_for
+from models.von_mises_fisher import VonMisesFisher
 
 __all__ = [
     "PRESETS",
@@ -23,6 +25,7 @@ __all__ = [
     "SamplingSettings",
     "SphereAR",
     "SphereARConfig",
+    "VonMisesFisher",
     "build",
     "checkpoint_state",
     "config_from_dict",
@@ -31,6 +34,7 @@ __all__ = [
     "from_checkpoint",
     "generate_tokens",
     "load_state",
+    "own_names",
     "project_to_sphere",
     "stem_channels_for",
 ]

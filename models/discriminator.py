@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from models.losses import discriminator_loss
+
 WIDTHS = 64, 128, 256, 512
 STRIDES = 2, 2, 2, 1
 
@@ -11,7 +13,8 @@ class PatchDiscriminator(nn.Module):
     """Images (B, 3, S, S) in [-1, 1] -> logits (B, 1, s, s); s = 30 at S = 256. Needs S >= 24.
 
     The norms always use the statistics of their batch (the discriminator exists only in training), so no running ones
-    are kept. Initialised N(0, 0.02) as in pix2pix: the norms' gains around 1, biases 0.
+    are kept. Initialised N(0, 0.02) as in pix2pix: the norms' gains around 1, their biases 0; the convolutions' biases
+    keep PyTorch's default, as in the released code.
     """
 
     def __init__(self):
@@ -29,8 +32,18 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
-            if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.net(images)
+
+
+class Adversary(nn.Module):
+    """The discriminator's training graph: both its batches in one call, each normed by its own statistics."""
+
+    def __init__(self, discriminator: PatchDiscriminator):
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+        return discriminator_loss(self.discriminator(images), self.discriminator(reconstruction))

@@ -15,6 +15,7 @@ from models.layers import KVCache
 from models.samplers import SAMPLERS, Sampler
 from models.sphere import project_to_sphere
 from models.spherear import SphereAR
+from models.svae import PROJECTIONS
 
 Noise = Callable[[int, int], Tensor]  # (token, rows) -> (num_noise, rows, C)
 DECODE_PIXELS = {"cuda": 2**22, "cpu": 2**19}  # images decoded at a time: 64 and 8 of 256 x 256
@@ -29,13 +30,15 @@ class SamplingSettings:
     sampler: str = "sde"
     num_sampling_steps: int = 100
     last_step_size: float = 0.04
+    projection: str | None = None  # None: as the model was trained; to see what the projection does, another
 
     def __post_init__(self):
         if not 1 <= self.cfg_scale < float("inf"):
             raise ValueError(f"cfg_scale {self.cfg_scale} must be at least 1 (1 = no guidance), and finite")
-        for name, names in (("cfg_schedule", CFG_SCHEDULES), ("sampler", tuple(SAMPLERS))):
+        known = {"cfg_schedule": CFG_SCHEDULES, "sampler": SAMPLERS, "projection": [None, *PROJECTIONS]}
+        for name, names in known.items():
             if getattr(self, name) not in names:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(names)}")
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(str, names))}")
         if self.num_sampling_steps < 1:
             raise ValueError(f"num_sampling_steps {self.num_sampling_steps} must be at least 1")
         if not 0 <= self.last_step_size < 1:
@@ -82,7 +85,7 @@ def generate_tokens(
     phases: Phases | None = None,
     observe: Callable[[int, Tensor, Tensor], None] = watch_nothing,
 ) -> Tensor:
-    """Tokens (B, P, C) on the sphere for classes labels (B,).
+    """Tokens (B, P, C) on the sphere (with the projection "all") for classes labels (B,).
 
     noise(token, rows): rows is B, except at an unguided token of a guided generation: there the null rows (behind)
     draw their own. observe(position, raw, token) sees every token before and after its projection.
@@ -90,6 +93,7 @@ def generate_tokens(
     config, batch = model.config, len(labels)
     phases = phases or Phases.of(model, settings)
     guided = settings.cfg_scale > 1
+    projects = PROJECTIONS[settings.projection or config.svae.projection].tokens
     rows = torch.cat([labels, torch.full_like(labels, config.null_class)]) if guided else labels
     kind = labels.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.proj_in.weight.dtype
@@ -103,7 +107,7 @@ def generate_tokens(
         # As in the released code: where the scale is exactly 1 (token 0), the null rows draw a token of their own.
         draws = noise(position, batch if scale > 1 else len(rows))
         raw = phases.sample_token(condition, draws, time_embedding, scale if scale > 1 else None)
-        token = project_to_sphere(raw, config.radius)  # the paper's claim
+        token = project_to_sphere(raw, config.radius) if projects else raw  # the paper's claim
         observe(position, raw, token)
         tokens.append(token[:batch])
         if position + 1 < config.num_tokens:

@@ -1,15 +1,27 @@
 """Posteriors of the S-VAE: what the encoder's output means. A posterior is a class behind POSTERIORS.
 
-It says how many numbers it needs from the encoder and from the random streams, and gives tokens and their KL; nobody
-outside knows more of it. Letters: B images · P tokens · C latent channels. SphereAR, arXiv 2509.24335, section 3.2.
+It says how many numbers it needs from the encoder and from the random streams, and gives latents and their KL; nobody
+outside knows more of it. Letters: B images · P tokens · C latent channels. SphereAR, arXiv 2509.24335, section 3.2 and
+its ablations (S: Power Spherical, G: diagonal Gaussian, F: fixed scale).
 """
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.sphere import GAMMA_ROUNDS, HypersphericalUniform, PowerSpherical, kl_divergence, project_to_sphere
+from models.sphere import (
+    GAMMA_ROUNDS,
+    AxialDistribution,
+    HypersphericalUniform,
+    PowerSpherical,
+    kl_divergence,
+    project_to_sphere,
+)
+from models.von_mises_fisher import VonMisesFisher, draws_per_sample
+
+LOG_VARIANCES = -30.0, 20.0  # the Gaussian's are clamped to these
 
 
 class Draws(NamedTuple):
@@ -22,6 +34,8 @@ class Draws(NamedTuple):
 class Posterior(Protocol):
     """What a posterior must offer; it is made from the encoder's output (B, P, num_outputs), of any float dtype."""
 
+    on_sphere: ClassVar[bool]  # whether its latents have norm √C by themselves
+
     def __init__(self, raw: Tensor): ...
 
     @staticmethod
@@ -33,37 +47,36 @@ class Posterior(Protocol):
         """Normals and uniforms that the sample of one token takes."""
 
     def sample(self) -> Tensor:
-        """Tokens (B, P, C) from torch's global generator."""
+        """Latents (B, P, C) from torch's global generator."""
 
     def sample_from(self, draws: Draws) -> Tensor:
-        """Tokens (B, P, C) as a function of given draws."""
+        """Latents (B, P, C) as a function of given draws."""
 
     def mode(self) -> Tensor:
-        """The likeliest tokens (B, P, C)."""
+        """The likeliest latents (B, P, C)."""
 
     def kl(self) -> Tensor:
-        """KL from the prior in nats, (B, P)."""
+        """KL from the prior in nats, summed over C: (B, P)."""
 
 
-class PowerSphericalPosterior:
-    """Directions by the Power Spherical law, times the radius √C; the prior is the uniform law on the sphere.
+class _Axial:
+    """Directions by a law symmetric around an axis, times the radius √C; the prior is the uniform law on the sphere.
 
     The encoder gives the mean direction, then what becomes the concentration kappa >= 1.
     """
 
+    on_sphere = True
+    law_of: type[AxialDistribution]
+
     def __init__(self, raw: Tensor):
         raw = raw.float()
         mu = project_to_sphere(raw[..., :-1], 1.0)  # (B, P, C)
-        self.law = PowerSpherical(mu, F.softplus(raw[..., -1]) + 1, validate_args=False)
+        self.law = self.law_of(mu, F.softplus(raw[..., -1]) + 1, validate_args=False)
         self.radius = mu.shape[-1] ** 0.5
 
     @staticmethod
     def num_outputs(latent_dim: int) -> int:
         return latent_dim + 1
-
-    @staticmethod
-    def num_draws(latent_dim: int) -> tuple[int, int]:
-        return 2 * (latent_dim - 1) + GAMMA_ROUNDS, GAMMA_ROUNDS
 
     def sample(self) -> Tensor:
         return self.radius * self.law.rsample()
@@ -78,4 +91,76 @@ class PowerSphericalPosterior:
         return kl_divergence(self.law, HypersphericalUniform(self.law.dim, device=self.law.mu.device))
 
 
-POSTERIORS: dict[str, type[Posterior]] = {"power-spherical": PowerSphericalPosterior}
+class PowerSphericalPosterior(_Axial):
+    """The paper's."""
+
+    law_of = PowerSpherical
+
+    @staticmethod
+    def num_draws(latent_dim: int) -> tuple[int, int]:
+        return 2 * (latent_dim - 1) + GAMMA_ROUNDS, GAMMA_ROUNDS
+
+
+class VonMisesFisherPosterior(_Axial):
+    law_of = VonMisesFisher
+
+    @staticmethod
+    def num_draws(latent_dim: int) -> tuple[int, int]:
+        return draws_per_sample(latent_dim)
+
+
+class _Flat:
+    """Independent normals around a mean, with a deviation that broadcasts; the prior is N(0, 1) in every dimension."""
+
+    on_sphere = False
+    mean: Tensor  # (B, P, C)
+    deviation: Tensor
+
+    @staticmethod
+    def num_draws(latent_dim: int) -> tuple[int, int]:
+        return latent_dim, 0
+
+    def sample(self) -> Tensor:
+        return self.sample_from(Draws(torch.randn_like(self.mean), self.mean[..., :0]))
+
+    def sample_from(self, draws: Draws) -> Tensor:
+        return self.mean + self.deviation * draws.normals
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl(self) -> Tensor:
+        variance = self.deviation.square()
+        return ((self.mean.square() + variance - 1 - variance.log()) / 2).sum(-1)
+
+
+class GaussianPosterior(_Flat):
+    """The usual VAE's: the encoder gives mean and log-variance of every dimension."""
+
+    def __init__(self, raw: Tensor):
+        self.mean, log_variance = raw.float().chunk(2, dim=-1)
+        self.deviation = (log_variance.clamp(*LOG_VARIANCES) / 2).exp()
+
+    @staticmethod
+    def num_outputs(latent_dim: int) -> int:
+        return 2 * latent_dim
+
+
+class FixedSigmaPosterior(_Flat):
+    """The σ-VAE's: the encoder gives means, the deviation is the same everywhere."""
+
+    def __init__(self, raw: Tensor, sigma: float):
+        self.mean = raw.float()
+        self.deviation = torch.full_like(self.mean[..., :1], sigma).expand_as(self.mean)
+
+    @staticmethod
+    def num_outputs(latent_dim: int) -> int:
+        return latent_dim
+
+
+POSTERIORS: dict[str, type[Posterior]] = {
+    "power-spherical": PowerSphericalPosterior,
+    "vmf": VonMisesFisherPosterior,
+    "gaussian": GaussianPosterior,
+    "fixed-sigma": FixedSigmaPosterior,
+}

@@ -5,7 +5,9 @@ of one step (without the network, so that a script may compile it), and the walk
 Letters: N rows (tokens) · C latent channels. Everything here is float32.
 """
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,7 +61,63 @@ def euler(velocity: Velocity, noise: Tensor, times: list[float], update: Callabl
     return x + (1 - times[-1]) * velocity(x, last).float()
 
 
+def even_times(num_steps: int, last_step_size: float) -> list[float]:
+    """num_steps evenly spaced times from 0; the last step ends at 1, where the velocity is never asked for."""
+    return [k / num_steps for k in range(num_steps)]
+
+
+def halved_times(num_steps: int, last_step_size: float) -> list[float]:
+    """The beginnings and the middles of num_steps equal steps from 0 to 1."""
+    return even_times(2 * num_steps, last_step_size)
+
+
+def midpoint(velocity: Velocity, noise: Tensor, times: list[float], update: Callable) -> Tensor:
+    """Second order: the slope of a step is the one at its middle, where half an Euler step leads."""
+    dt, x = 2 * times[1], noise[0]
+    for k in range(0, len(times), 2):
+        middle = update(x, velocity(x, k), dt / 2)
+        x = update(x, velocity(middle, k + 1), dt)
+    return x
+
+
+def adams_bashforth(velocity: Velocity, noise: Tensor, times: list[float], update: Callable) -> Tensor:
+    """Second order with one velocity per step: its slope goes on as the last two changed. The first step is Euler's."""
+    dt, x, before = 1 / len(times), noise[0], None
+    for k in range(len(times)):
+        now = velocity(x, k).float()
+        x = update(x, now if before is None else 1.5 * now - 0.5 * before, dt)
+        before = now
+    return x
+
+
+def renoise_update(x: Tensor, data: Tensor, noise: Tensor, t: float, later: float) -> Tensor:
+    """From t to `later` on the SDE that keeps the path's marginals, with the data that is expected held fixed."""
+    kept = t * (1 - later) / (later * (1 - t))  # e^-h, h the step in log(t / (1 - t)); 0 from the start, at the end
+    spread = (1 - later) * (1 - kept**2) ** 0.5
+    return (1 - later) / (1 - t) * kept * x + later * (1 - kept**2) * data + spread * noise
+
+
+def sde_2m(velocity: Velocity, noise: Tensor, times: list[float], update: Callable) -> Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al., arXiv 2211.01095) on the linear path: second order, one velocity per step."""
+    x, before, h_before = noise[0], None, math.inf
+    for k, (t, later) in enumerate(pairwise([*times, 1.0])):
+        data = x + (1 - t) * velocity(x, k).float()  # E[data | x]
+        if later == 1:
+            return data
+        h = log_odds(later) - log_odds(t)
+        ahead = data if math.isinf(h_before) else data + h / (2 * h_before) * (data - before)
+        x = update(x, ahead, noise[k + 1], t, later)
+        before, h_before = data, h
+
+
+def log_odds(t: float) -> float:
+    return math.log(t / (1 - t)) if t > 0 else -math.inf
+
+
 SAMPLERS = {
     "sde": Sampler(euler_maruyama, euler_maruyama_update, uniform_times, lambda num_steps: num_steps + 1),  # published
     "ode": Sampler(euler, euler_update, uniform_times, lambda num_steps: 1),
+    "midpoint": Sampler(midpoint, euler_update, halved_times, lambda num_steps: 1),
+    "ab2": Sampler(adams_bashforth, euler_update, even_times, lambda num_steps: 1),
+    "sde-2m": Sampler(sde_2m, renoise_update, even_times, lambda num_steps: num_steps),
 }

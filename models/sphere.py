@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Beta, Distribution, constraints, kl_divergence, register_kl
 
-__all__ = ["GAMMA_ROUNDS", "HypersphericalUniform", "PowerSpherical", "kl_divergence", "project_to_sphere"]
+__all__ = [
+    "GAMMA_ROUNDS",
+    "AxialDistribution",
+    "HypersphericalUniform",
+    "PowerSpherical",
+    "kl_divergence",
+    "log_area",
+    "project_to_sphere",
+]
 
 GAMMA_ROUNDS = 4  # proposals per Gamma draw: each is accepted with probability > 0.98, so all fail once in 10^7
 
@@ -21,6 +29,11 @@ def project_to_sphere(z: Tensor, radius: float) -> Tensor:
     """Scale `z` (..., C) to norm `radius` along the last axis; vectors shorter than 1e-7 stay short."""
     z = _at_least_float32(z)
     return radius * z / z.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+
+
+def log_area(dim: int) -> float:
+    """log of the area of S^{dim-1}."""
+    return math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2)
 
 
 class HypersphericalUniform(Distribution):
@@ -39,8 +52,7 @@ class HypersphericalUniform(Distribution):
 
     def entropy(self) -> Tensor:
         """log of the sphere's area."""
-        area = math.log(2) + self.dim / 2 * math.log(math.pi) - math.lgamma(self.dim / 2)
-        return torch.full(self.batch_shape, area, device=self.device)
+        return torch.full(self.batch_shape, log_area(self.dim), device=self.device)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return -self.entropy().expand(value.shape[:-1])
@@ -53,8 +65,8 @@ class _UnitVector(constraints.Constraint):
         return (value.norm(dim=-1) - 1).abs() < 1e-3
 
 
-class PowerSpherical(Distribution):
-    """The law on S^{C-1} with density proportional to (1 + mu·x)^kappa (De Cao & Aziz, eq. 8).
+class AxialDistribution(Distribution):
+    """A law on S^{C-1} symmetric around the axis mu: what its kinds share, which is all but the law of mu·x.
 
     mu: (..., C) of unit length; kappa: (...) above 0. Samples are unit vectors (..., C); gradients reach both.
     """
@@ -71,6 +83,18 @@ class PowerSpherical(Distribution):
             )
         self.dim = mu.shape[-1]
         super().__init__(self.kappa.shape, self.mu.shape[-1:], validate_args=validate_args)
+
+    def _around_mu(self, cosine: Tensor, sine: Tensor, tangent: Tensor) -> Tensor:
+        """The unit vector at this cosine and sine (...) to mu, in the direction of `tangent` (..., C-1) around it.
+
+        The tangent is normalised here. Built around e1, then reflected onto mu.
+        """
+        around_e1 = torch.cat([cosine.unsqueeze(-1), sine.unsqueeze(-1) * F.normalize(tangent, dim=-1)], -1)
+        return _reflect_e1_to(self.mu, around_e1)
+
+
+class PowerSpherical(AxialDistribution):
+    """The law on S^{C-1} with density proportional to (1 + mu·x)^kappa (De Cao & Aziz, eq. 8)."""
 
     @property
     def _beta_parameters(self) -> tuple[Tensor, float]:
@@ -123,12 +147,11 @@ class PowerSpherical(Distribution):
     def place(self, beta: Tensor, tangent: Tensor) -> Tensor:
         """The unit vector whose cosine to mu is 2·beta − 1, in the direction of `tangent` around mu.
 
-        beta: (...) in (0, 1); tangent: (..., C-1), normalised here. Built around e1, then reflected onto mu.
+        beta: (...) in (0, 1); tangent: (..., C-1).
         """
         beta = beta.clamp(1e-7, 1 - 1e-7)  # sqrt below has an infinite slope at 0 and 1
         sine = 2 * (beta * (1 - beta)).sqrt()
-        around_e1 = torch.cat([(2 * beta - 1).unsqueeze(-1), sine.unsqueeze(-1) * F.normalize(tangent, dim=-1)], -1)
-        return _reflect_e1_to(self.mu, around_e1)
+        return self._around_mu(2 * beta - 1, sine, tangent)
 
 
 def _reflect_e1_to(mu: Tensor, y: Tensor) -> Tensor:

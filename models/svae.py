@@ -5,8 +5,10 @@ Images are float in [-1, 1], (B, 3, S, S). SphereAR, arXiv 2509.24335, section 3
 checkpoints.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -15,6 +17,21 @@ from torch.utils.checkpoint import checkpoint
 
 from models.layers import Block, init_transformer, rope_2d
 from models.posteriors import POSTERIORS, Draws, Posterior
+from models.sphere import project_to_sphere
+
+
+class Projection(NamedTuple):
+    """Where √C·z/‖z‖ stands in for z (the paper's Table 2)."""
+
+    tokens: bool  # in what the decoder reads and in the AR model: its input, its target, its generation
+    decoder: bool  # in what the decoder reads, only
+
+
+PROJECTIONS = {
+    "all": Projection(tokens=True, decoder=False),
+    "decoder": Projection(tokens=False, decoder=True),
+    "none": Projection(tokens=False, decoder=False),
+}
 
 
 @dataclass(frozen=True)
@@ -31,10 +48,22 @@ class SVAEConfig:
     num_registers: int = 4
     stem_channels: tuple[int, ...] = (64, 64, 128, 256, 512)  # conv_in's, then one per halving; mirrored in the decoder
     posterior: str = "power-spherical"
+    sigma: float | None = None  # a fixed-sigma posterior's deviation
+    projection: str = "all"
+    latent_shift: float = 0.0  # latents that stay flat go to the AR model as (latent − shift) / scale …
+    latent_scale: float | None = None  # … once both are measured, at the end of the S-VAE's training
 
     def __post_init__(self):
         if self.posterior not in POSTERIORS:
             raise ValueError(f"posterior {self.posterior!r} is not one of {', '.join(POSTERIORS)}")
+        if self.projection not in PROJECTIONS:
+            raise ValueError(f"projection {self.projection!r} is not one of {', '.join(PROJECTIONS)}")
+        if POSTERIORS[self.posterior].on_sphere and self.projection != "all":
+            raise ValueError(f"projection {self.projection}: latents of {self.posterior} are on the sphere; take all")
+        if not ((self.sigma or 0) > 0 if self.posterior == "fixed-sigma" else self.sigma is None):
+            raise ValueError(f"sigma {self.sigma}: a fixed-sigma posterior needs one above 0, and no other takes one")
+        if self.latent_scale is not None and (not self.is_flat or not self.latent_scale > 0):
+            raise ValueError(f"latent_scale {self.latent_scale} must be above 0, and is for projection none or decoder")
         if self.patch_size != 2 ** (len(self.stem_channels) - 1):
             raise ValueError(
                 f"patch_size {self.patch_size} needs {self.stem_channels} to have log2(patch_size) + 1 entries"
@@ -48,6 +77,15 @@ class SVAEConfig:
         if self.latent_dim < 2:
             raise ValueError(f"latent_dim {self.latent_dim} must be at least 2: a sphere needs two dimensions")
 
+    def changed(self, **changes: object) -> "SVAEConfig":
+        """This config with other values, and what follows from them: the stem of another patch size; no projection for
+        another posterior that is not spherical, unless one is asked for."""
+        if changes.get("patch_size", self.patch_size) != self.patch_size:
+            changes["stem_channels"] = stem_channels_for(changes["patch_size"], self.width)
+        if "posterior" in changes and not POSTERIORS[changes["posterior"]].on_sphere:
+            changes.setdefault("projection", "none")
+        return replace(self, **changes)
+
     @property
     def grid(self) -> int:
         return self.image_size // self.patch_size
@@ -55,6 +93,11 @@ class SVAEConfig:
     @property
     def num_tokens(self) -> int:
         return self.grid**2
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether tokens are not on the sphere."""
+        return not PROJECTIONS[self.projection].tokens
 
     @property
     def radius(self) -> float:
@@ -175,7 +218,7 @@ class Decoder(TokenTransformer):
 
 
 class SVAE(nn.Module):
-    """The hyperspherical VAE. Its tokens are samples of the posterior, of norm config.radius."""
+    """The hyperspherical VAE: tokens are samples of its posterior, of norm config.radius (see config.projection)."""
 
     def __init__(self, config: SVAEConfig):
         super().__init__()
@@ -185,26 +228,41 @@ class SVAE(nn.Module):
         self.encoder.apply(init_transformer)
         self.decoder.apply(init_transformer)
         self.encoder.output.reset_parameters()
-        self.posterior = POSTERIORS[config.posterior]
-        self.quant_proj = nn.Linear(config.width, self.posterior.num_outputs(config.latent_dim))
+        self.projection = PROJECTIONS[config.projection]
+        posterior = POSTERIORS[config.posterior]
+        self.posterior = posterior if config.sigma is None else partial(posterior, sigma=config.sigma)
+        self.quant_proj = nn.Linear(config.width, posterior.num_outputs(config.latent_dim))
         self.post_quant_proj = nn.Linear(config.latent_dim, config.width, bias=False)
 
     def encode(self, images: Tensor) -> Posterior:
-        """Posterior over the tokens (B, P, C) of images."""
+        """Posterior over the latents (B, P, C) of images."""
         side = self.config.image_size
         if images.shape[1:] != (3, side, side):
             raise ValueError(f"images {tuple(images.shape)} must be (B, 3, {side}, {side}): the S-VAE's image_size")
         return self.posterior(self.quant_proj(self.encoder(images)))
 
+    def to_tokens(self, latents: Tensor) -> Tensor:
+        """Tokens (B, P, C), as decoder and AR model know them, of a posterior's latents (B, P, C)."""
+        if POSTERIORS[self.config.posterior].on_sphere:
+            return latents
+        if self.projection.tokens:
+            return project_to_sphere(latents, self.config.radius)
+        scale = self.config.latent_scale
+        return latents if scale is None else (latents - self.config.latent_shift) / scale
+
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images (B, 3, S, S), not clamped, of tokens (B, P, C) of norm config.radius."""
+        """Images (B, 3, S, S), not clamped, of tokens (B, P, C)."""
         expected = (self.config.num_tokens, self.config.latent_dim)
         if tokens.shape[1:] != expected:
             raise ValueError(f"tokens {tuple(tokens.shape)} must be (B, {expected[0]}, {expected[1]})")
+        if self.config.latent_scale is not None:
+            tokens = tokens * self.config.latent_scale + self.config.latent_shift
+        if self.projection.decoder:
+            tokens = project_to_sphere(tokens, self.config.radius)
         return self.decoder(self.post_quant_proj(tokens))
 
     def forward(self, images: Tensor, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Reconstruction, and the posterior's KL in nats, mean over batch and tokens. Without `draws`, torch's own."""
         posterior = self.encode(images)
-        tokens = posterior.sample() if draws is None else posterior.sample_from(draws)
-        return self.decode(tokens), posterior.kl().mean()
+        latents = posterior.sample() if draws is None else posterior.sample_from(draws)
+        return self.decode(self.to_tokens(latents)), posterior.kl().mean()

@@ -8,8 +8,10 @@ import pytest
 
 from tests.helpers import small_run
 from tests.helpers.small_run import differences, finish, flags, last, start
-from tests.test_checkpoint import CheckpointFolder, folder, is_whole, kill_savers, state  # noqa: F401
+from tests.helpers.states import is_whole, state
+from tests.test_checkpoints import CheckpointFolder, clean, folder, kill_savers  # noqa: F401
 from tests.test_train_distributed import kill_tree
+from utils.checkpoint_file import read
 
 pytestmark = pytest.mark.faults
 
@@ -30,11 +32,11 @@ def test_a_disk_that_is_full(tmp_path, capsys):
     try:
         reports = []
         checkpoints = CheckpointFolder(disk / "checkpoints", reports.append)
-        checkpoints.clean()
+        clean(checkpoints)
         for step in range(1, 6):
             checkpoints.save(state(step, size=400_000 if step != 3 else 2_000_000), step)
             assert checkpoints.wait() == (step != 3)
-            assert is_whole(checkpoints.latest_good()[1])
+            assert is_whole(read(checkpoints.newest_good()))
         assert len(reports) == 1
         with capsys.disabled():
             print(f"\n{reports[0]}")

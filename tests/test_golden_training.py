@@ -1,6 +1,6 @@
 """Both training stages against four optimizer steps of the reference's own loop (tests/data/golden_training_*.npz).
 
-`train.main` runs as a user would run it, at toy size in float32, with the recordings' weights, pictures and draws in
+`train.main` runs as a user would run it, at toy size in float32, with the recordings' weights, images and draws in
 place of its own. Recorded were the losses, gradient norms before clipping and learning rates of every step, and for
 every parameter its gradient at the first and last step, its change and its average's after all of them: the norm and
 twelve products with fixed random directions. Weight decay is 2, so that its groups show; the adversary starts at the
@@ -8,38 +8,27 @@ third step. LPIPS has random VGG16 weights, Softplus for ReLU and mean for maxim
 float32 itself is only good to 3e-4.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dataset_tars import picture as jpeg
-from small_run import run_here
-from test_golden import TOY, normal, parameter, random_state, uniform
 from torchvision.models import vgg16
 
+import dataset.loader
 import models.lpips
-import train
-from dataset.imagenet import Sample
-from models import PRESETS, SVAE, PowerSpherical, checkpoint_state, config_to_dict
+import utils.training.draws
+import utils.training.optim
+from dataset import ImageDataset, Sample
+from models import PRESETS, SVAE, PowerSpherical, SphereAR, checkpoint_state, config_to_dict
+from models.discriminator import PatchDiscriminator
+from tests.helpers.dataset_tars import image_file as jpeg
+from tests.helpers.small_run import run_here
+from tests.test_golden import TOY, normal, parameter, random_state, uniform
 from utils.noise import Purpose
-
-# ---- all that this file knows of train.py: two stages with backward(batches, step) and update(), driven by its main
-
-STAGES = {"ar": train.ARStage, "svae": train.SVAEStage}
-DRAWS_OF_AR = train  # the module whose `normals` and `uniforms` the AR stage calls
-
-
-def trainable(stage):
-    """The weights that a stage updates, by the recordings' names."""
-    named = {name: weight for name, weight in stage.trained.named_parameters() if weight.requires_grad}
-    discriminator = getattr(stage, "discriminator", torch.nn.Module())
-    return named | discriminator_names(dict(discriminator.named_parameters()))
-
-
-def learning_rates(stage):
-    return {group["lr"] for optimizer in stage.optimizers for group in optimizer.param_groups}
-
+from utils.training.optim import build_adamw
+from utils.training.tracker import Tracker
 
 # ---- the recordings
 
@@ -48,7 +37,7 @@ COMMON = ["--model", "toy", "--global-batch-size", BATCH, "--max-steps", STEPS, 
           "--decay-start", -1, "--mixed-precision", "none", "--num-workers", 0, "--sample-every", 0]  # fmt: skip
 FLAGS = {
     "ar": ["--warmup-steps", 2, "--lr", 3e-3],
-    "svae": ["--vae-only", "--lr", 1e-5, "--min-lr", 0, "--disc-start", 3],
+    "svae": ["--vae-only", "--lr", 1e-5, "--disc-start", 3],
 }
 SAID = {  # a recording's name of a number -> ours, and the weight with which the reference reports it
     "ar": {"loss": ("ar_loss", 1), "gnorm": ("grad_norm", 1), "lr": ("lr", 1)},
@@ -86,21 +75,19 @@ def discriminator_names(named):
     return {"disc/" + name.replace("net.", "main.", 1): value for name, value in named.items()}
 
 
-def smooth_picture(i):
+def smooth_image(i):
     low = normal(f"picture/{i}", 1, 3, 9, 9)
     x = torch.nn.functional.interpolate(low, (64, 64), mode="bicubic", align_corners=True)[0]
     return ((x.tanh() * 0.5 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def batch_of(step):
-    index = torch.arange(BATCH * step, BATCH * (step + 1))
-    images = torch.stack([smooth_picture(i) for i in index.tolist()])
-    return Sample(images, (3 * index + 1) % TOY.num_classes, index, ("",) * BATCH)
+def sample(i):
+    return Sample(smooth_image(i), (3 * i + 1) % TOY.num_classes, i, "")
 
 
 def ar_draws(*, purpose, count, index, step, **_):
-    """In place of `normals` and `uniforms`: the recording's, which lie times before pictures before tokens."""
-    assert index.tolist() == batch_of(step).index.tolist()
+    """In place of `normals` and `uniforms`: the recording's, which lie times before images before tokens."""
+    assert index.tolist() == list(range(BATCH * step, BATCH * (step + 1)))
     rows = TOY.diffusion_batch_mul * BATCH * TOY.num_tokens
     if purpose == Purpose.CLASS_DROPOUT:
         draws = uniform(f"ar/drop/{step}", BATCH)
@@ -154,40 +141,57 @@ def vgg16_state(*_, **__):
 # ---- our run
 
 
-def follow(stage_class, tag, patch):
-    """Give stages of this class the recording's weights, pictures and draws; what they say and their gradients."""
-    said, gradients, now = {}, {}, [0]
-    init, backward, update = stage_class.__init__, stage_class.backward, stage_class.update
-
-    def start(self, *args, **options):
-        init(self, *args, **options)
-        for name, weight in trainable(self).items():
+def write_start(path, players, config):
+    """A checkpoint of no step with the recording's weights: train.py continues from it."""
+    state = {"step": 0, "epochs": 0, "step_in_epoch": 0, "args": argparse.Namespace(), "versions": {},
+             "config": config_to_dict(config), "rng": torch.get_rng_state()}  # fmt: skip
+    for prefix, module in players.items():
+        for name, weight in released(module).items():
             weight.data.copy_(weight_of(name, weight.shape))
+        optimizer = build_adamw(module.named_parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=2)
+        state |= {f"{prefix}optimizer": optimizer.state_dict(), f"{prefix}scaler": {}}
+        state |= {"discriminator": module.state_dict()} if prefix else {"model": checkpoint_state(module)}
+    path.parent.mkdir(parents=True)
+    torch.save({**state, "ema": state["model"]}, path)
 
-    def backward_on_recording(self, _, step):
-        now[0] = step
-        losses = backward(self, [batch_of(step)], step)
-        said.update({f"{name}/{step}": value.item() for name, value in losses.items()})
-        if step in (0, STEPS - 1):
-            for name, weight in trainable(self).items():
-                gradients[f"grad/{name}/{step}"] = weight.grad.clone()
-        return losses
 
-    def watched_update(self):
-        (said[f"lr/{now[0]}"],) = learning_rates(self)
-        norms = update(self)
-        said.update({f"{name}/{now[0]}": value.item() for name, value in norms.items()})
-        return norms
+def released(module):
+    """Parameters that are trained, by the recordings' names, in the order in which an optimizer is given them."""
+    named = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    if isinstance(module, PatchDiscriminator):
+        return discriminator_names(named)
+    return {f"vae.{name}": weight for name, weight in named.items()} if isinstance(module, SVAE) else named
 
-    for name, method in (("__init__", start), ("backward", backward_on_recording), ("update", watched_update)):
-        patch.setattr(stage_class, name, method)
+
+def watch(players, tag, patch):
+    """What train.py says of its steps, and their gradients, by the recordings' names; draws are the recording's."""
+    said, gradients, now = {}, {}, [0]
+    names = [list(released(module)) for module in players.values()]
+    update, add, calls = utils.training.optim.update, Tracker.add, iter(range(1000))
+
+    def watched_update(optimizer, weights, **options):
+        player = next(calls) % len(players)
+        if now[0] in (0, STEPS - 1):
+            for name, weight in zip(names[player], weights, strict=True):
+                made = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+                gradients[f"grad/{name}/{now[0]}"] = made.detach()
+        (said[f"lr/{now[0]}"],) = {group["lr"] for group in optimizer.param_groups}
+        return update(optimizer, weights, **options)
+
+    def watched_add(tracker, metrics, **options):
+        said.update({f"{name}/{now[0]}": value.item() for name, value in metrics.items()})
+        now[0] += 1
+        add(tracker, metrics, **options)
+
+    patch.setattr(utils.training.optim, "update", watched_update)
+    patch.setattr(Tracker, "add", watched_add)
     patch.setattr(PowerSpherical, "rsample_from", lambda self, *_: sample_from_recording(self, tag, now[0]))
     return said, gradients
 
 
 def train_toy(tag, folder, patch):
     """Four steps of train.py: the numbers it says, and all recorded tensors, by the recording's names."""
-    for i in range(2 * TOY.num_classes):  # the loader reads them, but `follow` puts the recording's in their place
+    for i in range(2 * TOY.num_classes):  # the loader wants files, but `sample` puts the recording's in their place
         place = folder / "data" / f"class{i // 2}" / f"{i}.JPEG"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(jpeg(i))
@@ -198,14 +202,22 @@ def train_toy(tag, folder, patch):
     files += ["--trained-vae", folder / "svae.pt"] if tag == "ar" else []
 
     patch.setitem(PRESETS, "toy", TOY)
+    patch.setattr(dataset.loader, "epoch_order", lambda seed, epoch, length: np.arange(length))
+    patch.setattr(ImageDataset, "__getitem__", lambda self, key: sample(key.index))
     if tag == "ar":
-        patch.setattr(DRAWS_OF_AR, "normals", ar_draws)
-        patch.setattr(DRAWS_OF_AR, "uniforms", ar_draws)
+        model = SphereAR(TOY)
+        model.vae.load_state_dict(vae.state_dict())
+        model.vae.requires_grad_(False)
+        players, config = {"": model}, TOY
+        patch.setattr(utils.training.draws, "normals", ar_draws)
+        patch.setattr(utils.training.draws, "uniforms", ar_draws)
     else:
+        players, config = {"": vae, "discriminator_": PatchDiscriminator()}, TOY.svae
         patch.setattr(torch.hub, "load_state_dict_from_url", vgg16_state)
         patch.setattr(models.lpips, "vgg16", smooth_vgg16)
-    said, tensors = follow(STAGES[tag], tag, patch)
-    state = run_here(*(str(flag) for flag in (*COMMON, *FLAGS[tag], *files)))
+    write_start(folder / "run/checkpoints/step_00000000.pt", players, config)
+    said, tensors = watch(players, tag, patch)
+    state = run_here(*(str(word) for word in (*COMMON, *FLAGS[tag], *files)))
     after = {"model": state["model"], "ema": state["ema"], "": discriminator_names(state.get("discriminator", {}))}
     for kind, values in after.items():
         for name, value in values.items():

@@ -3,31 +3,25 @@
 import pytest
 import torch
 
-import sample_ddp
-from models import PRESETS, SphereAR
+from models import Phases, SamplingSettings, generate_tokens
+from models.samplers import SAMPLERS
 from tests.helpers import small_run
+from tests.helpers.nano import stirred_nano
 from utils.noise import Purpose, normals, uniforms, words
-from utils.sampling.graphs import make_static
+from utils.sampling.draws import image_noise
+from utils.sampling.graphs import compile_pieces, static_phases
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-STEPS = 4
+SETTINGS = SamplingSettings(cfg_scale=2.0, num_sampling_steps=4)
 
 
-def generate(model, device):
+def generate(model, device, phases=None):
     images = torch.arange(3, device=device)
-    noise = sample_ddp.image_noise(0, images, STEPS, model.config.latent_dim)
-    return model.generate_tokens(images, noise=noise, cfg_scale=2.0, num_sampling_steps=STEPS).cpu()
-
-
-def stirred_model():
-    torch.manual_seed(0)
-    model = SphereAR(PRESETS["SphereAR-Nano"]).eval().requires_grad_(False)
-    for value in model.parameters():
-        value.add_(0.05 * torch.randn_like(value))
-    return model
+    noise = image_noise(0, images, SETTINGS.num_noise, model.config.latent_dim)
+    return generate_tokens(model, images, SETTINGS, noise, phases).cpu()
 
 
 def test_noise_is_that_of_the_cpu():
@@ -42,13 +36,14 @@ def test_noise_is_that_of_the_cpu():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_graphs_generate_what_eager_float32_does(compiled):
-    model = stirred_model()
+    model = stirred_nano()
     expected = generate(model, "cpu")
     model = model.cuda()
     assert torch.allclose(generate(model, "cuda"), expected, atol=1e-3)
-    make_static(model, compile=compiled)
+    sampler = compile_pieces(model, SAMPLERS["sde"]) if compiled else None
+    phases = static_phases(Phases.of(model, SETTINGS, sampler), model.config.num_class_tokens)
     for _ in range(2):  # captured, then replayed
-        assert torch.allclose(generate(model, "cuda"), expected, atol=1e-3)
+        assert torch.allclose(generate(model, "cuda", phases), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["svae", "ar"])

@@ -1,6 +1,5 @@
 """Terms of the S-VAE's objective, the PatchGAN and LPIPS."""
 
-import math
 import subprocess
 import sys
 
@@ -9,9 +8,8 @@ import torch
 from torch import nn
 from torchvision.models import vgg16
 
-from models import PowerSpherical
 from models.discriminator import PatchDiscriminator
-from models.losses import adversarial_loss, adversarial_weight, discriminator_loss, kl_loss, reconstruction_loss
+from models.losses import adversarial_loss, adversarial_weight, discriminator_loss, reconstruction_loss
 from models.lpips import LPIPS, head_weights, vgg_weights
 
 
@@ -25,24 +23,6 @@ def test_values():
 def test_the_game_starts_when_told():
     weights = [adversarial_weight(step, weight=0.5, start=20_000) for step in (0, 19_998, 19_999, 30_000)]
     assert weights == [0, 0, 0.5, 0.5]
-
-
-def test_kl_is_a_mean_over_batch_and_tokens():
-    mu = nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)
-    kappa = torch.rand(2, 5) * 30 + 1
-    area = math.log(2) + 4 * math.log(math.pi) - math.lgamma(4)
-    expected = (area - PowerSpherical(mu, kappa).entropy()).mean()
-    torch.testing.assert_close(kl_loss(PowerSpherical(mu, kappa)), expected)
-    # closed form on S^7 by integration of the density along mu
-    posterior = PowerSpherical(mu[:1, :1], kappa[:1, :1])
-    cosine = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
-    density = (1 + cosine) ** kappa[0, 0].double() * (1 - cosine**2) ** 2.5
-    density = density / torch.trapezoid(density, cosine)
-    uniform = (1 - cosine**2) ** 2.5
-    uniform = uniform / torch.trapezoid(uniform, cosine)
-    ratio = torch.where(density > 0, density / uniform.clamp_min(1e-300), 1.0)
-    integral = torch.trapezoid(density * ratio.clamp_min(1e-300).log(), cosine)
-    assert kl_loss(posterior).item() == pytest.approx(integral.item(), rel=1e-3)
 
 
 def test_patchgan_is_pix2pix():

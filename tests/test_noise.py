@@ -58,7 +58,9 @@ def test_a_value_depends_on_its_address_alone(draw):
         assert not (other == block[4, 2, 31]).any()
 
 
-@pytest.mark.parametrize("name, value", [("seed", -1), ("seed", 2**64), ("step", 2**32), ("token", 4096), ("count", 0)])
+@pytest.mark.parametrize(
+    "name, value", [("seed", -1), ("seed", 2**64), ("step", 2**32), ("token", 4096), ("count", -1)]
+)
 def test_numbers_that_do_not_fit_are_refused(name, value):
     arguments = {"seed": 0, "purpose": Purpose.SAMPLING, "index": 0, "count": 4, name: value}
     with pytest.raises(ValueError, match=f"{name} "):
@@ -101,3 +103,7 @@ def test_neighbours_along_every_coordinate_are_independent(coordinate):
     for power in (1, 2):
         correlation = torch.corrcoef(torch.stack((first**power, second**power)))[0, 1]
         assert abs(correlation) < 4.5 / len(first) ** 0.5
+
+
+def test_none_may_be_asked_for():
+    assert normals(0, Purpose.LABELS, torch.arange(3), count=0).shape == (3, 0)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from utils.static_generation import cast_weights
 
 from models import PRESETS, SphereAR
 from models.layers import Block
+from utils.sampling.graphs import cast_weights
 
 NANO = PRESETS["SphereAR-Nano"]
 TOKENS = torch.ones(2, NANO.num_tokens, NANO.latent_dim)

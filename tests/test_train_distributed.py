@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import small_run
 from tests.helpers.small_run import differences, finish, flags, largest_difference, last, run_here, start
-from utils.training.checkpoints import load
+from utils.checkpoint_file import read
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_signal_to_one_process_stops_all(files, tmp_path):
     assert "stopped by a signal" in output
     assert time.monotonic() - sent < 25
     state = last(command)
-    assert 2 <= state["step"] < 100 and load(tmp_path / "run/checkpoints/last.pt")["epochs"] == state["step"] // 6
+    assert 2 <= state["step"] < 100 and read(tmp_path / "run/checkpoints/last.pt")["epochs"] == state["step"] // 6
 
 
 def test_two_nodes_of_two_processes(files, tmp_path):
@@ -95,3 +95,28 @@ def test_two_nodes_of_two_processes(files, tmp_path):
     assert "4 processes" in outputs[0] and "step 2/2" in outputs[0]
     one = run_here(*flags(files[0], tmp_path / "one", "--max-steps", 2, svae=files[1]))
     assert largest_difference(moments(one), moments(last(command))) < 1e-5
+
+
+def no_checkpoint_is_readable(folder: Path) -> None:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/step_00000001.pt").write_bytes(b"nonsense")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "extra", "message"),
+    [
+        (None, ["--results-dir", "/proc/nowhere"], "--results-dir /proc/nowhere: cannot be written"),  # rank 0's alone
+        (no_checkpoint_is_readable, [], "none of the 1 checkpoints"),  # rank 0's alone
+        (None, ["--beta1", "2"], "--beta1: 2 must lie in"),
+        (None, ["--data-path", "nowhere"], "--data-path nowhere"),
+    ],
+)
+def test_an_error_of_one_process_ends_all_with_one_line(files, tmp_path, prepare, extra, message):
+    if prepare:
+        prepare(tmp_path / "run")
+    process = start(*flags(files[0], tmp_path / "run", "--max-steps", 2, *extra, svae=files[1]), processes=2)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    lines = [line for line in output.splitlines() if "train.py: error" in line]
+    assert len(lines) == 1 and message in lines[0], output
+    assert "Traceback" not in output.partition("ChildFailedError")[0].rpartition("Traceback")[0], output

@@ -4,16 +4,24 @@ A file is what torch.save writes: a zip whose members carry CRC32s.
 """
 
 import argparse
+import os
+import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from utils.files import atomic_file
+from utils.files import atomic_file, sha256
 
 T = TypeVar("T")
+MISTAKEN = {  # how a file begins that is often taken for a checkpoint -> what it is
+    b"version https://git-lfs": "is a Git-LFS pointer in the place of the file: run git lfs pull",
+    b"<": "is a web page, not a checkpoint: download the file itself",
+}
 
 
 def read(path: str | Path, *, verify: bool = False) -> dict:
@@ -22,20 +30,20 @@ def read(path: str | Path, *, verify: bool = False) -> dict:
     Holds tensors, plain values and Namespaces only: nothing in the file is executed. `verify` first holds every byte
     against its checksum. Raises ValueError that names the file and what is wrong, whatever the damage.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: is no file")
     try:
-        if verify:
+        if verify and _is_zip(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"checksum of {damaged} does not match")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:  # zipfile and torch raise a dozen kinds for damaged or hostile files
-        raise ValueError(
-            f"{path}: not a readable checkpoint (damaged, or not only weights): {_first_line(error)}"
-        ) from error
+        raise ValueError(f"{path}: {_what_is_wrong(path, error)}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{path}: not a SphereAR checkpoint: no state dict under 'model'")
     return checkpoint
@@ -50,6 +58,30 @@ def load(path: str | Path, build: Callable[[dict], T]) -> T:
         raise ValueError(f"{path}: {error}") from error
 
 
+class Examined(NamedTuple):
+    """A checkpoint file that was read to its last byte."""
+
+    path: str  # of the file itself: a link to it may move on
+    sha256: str
+    stamp: tuple[int, ...]
+
+
+def examine(path: str | Path) -> Examined:
+    """Hold every byte of a checkpoint against its checksum. Raises ValueError as `read` does."""
+    path = os.path.realpath(path)
+    stamp = _stamp(path) if os.path.exists(path) else ()
+    read(path, verify=True)
+    return Examined(path, sha256(path), stamp)
+
+
+def load_examined(file: Examined, build: Callable[[dict], T]) -> T:
+    """As `load`, on any process: ValueError where this is not, or no longer, the file that was examined."""
+    built = load(file.path, build)
+    if _stamp(file.path) != file.stamp and sha256(file.path) != file.sha256:  # copies are welcome
+        raise ValueError(f"{file.path}: is being written, or is another file here than on process 0; run again")
+    return built
+
+
 def write(state: dict, path: str | Path) -> None:
     """Put `state` at `path` completely or not at all, on the disk when this returns. Raises OSError or RuntimeError."""
     with atomic_file(path) as file:
@@ -62,5 +94,34 @@ def _is_zip(path: str | Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
+def _stamp(path: str) -> tuple[int, ...]:
+    """What changes when a file is written or replaced."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _what_is_wrong(path: str | Path, error: Exception) -> str:
+    """Why a file could not be read, in one line. torch's own advice, to read it unprotected, is never repeated."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or _first_line(error)}"
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if not start:
+        return "is empty: copy or download it again"
+    for beginning, what in MISTAKEN.items():
+        if start.startswith(beginning):
+            return what
+    foreign = re.search(r"(?:GLOBAL|global:?|class) ([\w.]+\.\w+)", str(error))
+    if foreign and isinstance(error, pickle.UnpicklingError):
+        return f"not a readable checkpoint: holds {foreign[1]}, which is not run, not only weights"
+    if not _is_zip(path):
+        return "not a readable checkpoint: no file of torch.save, or damaged"
+    if isinstance(error, zipfile.BadZipFile):
+        return "not a readable checkpoint: damaged or cut short"
+    return f"not a readable checkpoint: damaged ({_first_line(error)})"
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Of an error's text; what cannot be printed, as "?"."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return "".join(letter if letter.isprintable() else "?" for letter in first)

@@ -1,17 +1,26 @@
 """Files that are complete and on the disk, or not there; JSON, checksums, and the folder for what can be made again."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
 BLOCK_BYTES = 1 << 22
+MISTAKEN = {  # how a file begins that is often saved in the place of another -> what it is, and the remedy
+    b"<!doctype": "is a web page: download the file itself",
+    b"<html": "is a web page: download the file itself",
+    b"version https://git-lfs": "is a Git-LFS pointer: run git lfs pull",
+}
 
 
 @contextmanager
@@ -36,6 +45,43 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what a killed atomic_file left of files whose names match the regular expression `name`, and no other.
+
+    Only for a folder that is locked: another process could be writing one.
+    """
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(rf"\.({name})\.\d+-\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+def lock(folder: Path, stack: ExitStack, flag: str) -> bool:
+    """Lock the folder until `stack` closes, or its process ends; False on a file system without locks.
+
+    The lock is the kernel's, on folder/.lock, which says who holds it. ValueError (of `flag`) names who has it.
+    """
+    path = folder / ".lock"
+    while True:
+        file = stack.enter_context(open(path, "a+"))  # noqa: SIM115 (held until the stack closes)
+        os.register_at_fork(after_in_child=file.close)  # a loader's worker may live on for a moment
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another run"
+            raise ValueError(f"{flag} {folder} is in use by {holder}; wait for it, end it, or choose another") from None
+        except OSError:
+            return False
+        if os.fstat(file.fileno()).st_nlink:  # else its last holder removed it between our two lines
+            break
+    stack.callback(path.unlink, missing_ok=True)  # before the lock is given up
+    with suppress(OSError):  # a full disk
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        file.flush()
+    return True
 
 
 def sync(path: Path) -> None:
@@ -70,6 +116,15 @@ def sha256(path: str | Path) -> str:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def mistaken(path: str | Path) -> str | None:
+    """What a file is that was saved in the place of another, and the remedy; None for all others."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if not start:
+        return "is empty: copy or download it again"
+    return next((what for beginning, what in MISTAKEN.items() if start.startswith(beginning)), None)
 
 
 def cache_folder() -> Path:

@@ -60,11 +60,11 @@ def words(
 ) -> torch.Tensor:
     """Random 32-bit words as int64, of shape broadcast(index, step, token) + (count,).
 
-    index < 2^56, step < 2^32, token < 4096, count <= 2^22; ints are checked, tensors (int64) are not. Value j does
+    index < 2^56, step < 2^32, token < 4096, 0 <= count <= 2^22; ints are checked, tensors (int64) are not. Value j does
     not depend on count. Raises ValueError for a number that does not fit its field.
     """
     limits = {"seed": (seed, 64), "purpose": (int(purpose), 8), "index": (index, 56), "step": (step, 32)}
-    for name, (value, bits) in {**limits, "token": (token, 12), "count": (count - 1, 22)}.items():
+    for name, (value, bits) in {**limits, "token": (token, 12), "count": (count - 1 if count else 0, 22)}.items():
         if isinstance(value, int) and not 0 <= value < 2**bits:
             raise ValueError(f"noise address: {name} {value} does not fit in {bits} bits; give 0 to {2**bits - 1}")
     index, step, token = (

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = "torch", "torchvision", "numpy", "pillow", "scipy"
+PACKAGES = "torchvision", "numpy", "pillow", "scipy"
 
 
 def provenance(device: torch.device) -> dict:
@@ -42,7 +42,7 @@ def cpu_name() -> str:
 
 def versions(*more: str) -> dict[str, str]:
     """Versions of Python, of the packages that numbers depend on, and of `more`; those not installed are left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}  # which names its CUDA build
     for package in (*PACKAGES, *more):
         try:
             found[package] = importlib.metadata.version(package)

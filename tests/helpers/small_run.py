@@ -1,6 +1,7 @@
 """A tiny data set, and training runs small enough for tests: in this process or as processes of their own."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,11 @@ import torch
 import train
 from models import PRESETS, SVAE, checkpoint_state, config_to_dict
 from tests.helpers.dataset_tars import class_tars, enlarged
-from utils.training.checkpoints import load
+from utils import checkpoint_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, PER_CLASS, BATCH = 4, 13, 8
-STEPS_PER_EPOCH = CLASSES * PER_CLASS // BATCH  # 6, with 4 pictures left over
+STEPS_PER_EPOCH = CLASSES * PER_CLASS // BATCH  # 6, with 4 images left over
 
 
 def write_tar(path: Path) -> Path:
@@ -46,7 +47,8 @@ def flags(data: Path, results: Path, *extra: object, svae: Path | None = None) -
         "--warmup-steps", 1, "--decay-start", -1,
     ]  # fmt: skip
     ar = ["--trained-vae", svae, "--ema", 0.9]
-    vae_only = ["--vae-only", "--perceptual-weight", 0, "--disc-start", 3, "--ema", 0.9]
+    vae_only = ["--vae-only", "--perceptual-weight", 0, "--ema", 0.9]
+    vae_only += [] if "--disc-weight" in extra else ["--disc-start", 3]
     return [str(flag) for flag in (*common, *(ar if svae else vae_only), *extra)]
 
 
@@ -56,8 +58,16 @@ def run_here(*command: str) -> dict:
     return last(command)
 
 
+def assert_refused(capsys, message: str, command: list[str]) -> None:
+    """train.py refuses a command, in this process, with one line that matches `message`."""
+    capsys.readouterr()
+    assert train.main(command) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and re.match(f"train.py: error: .*{message}", lines[0]), lines
+
+
 def last(command: list[str]) -> dict:
-    return load(Path(command[list(command).index("--results-dir") + 1], "checkpoints", "last.pt"))
+    return checkpoint_file.read(Path(command[list(command).index("--results-dir") + 1], "checkpoints", "last.pt"))
 
 
 def start(*command: str, processes: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.Popen:

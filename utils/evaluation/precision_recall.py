@@ -82,13 +82,32 @@ def all_finite(u: Tensor, v: Tensor) -> bool:
 def squared_distances(u: Tensor, v: Tensor, half: bool) -> Tensor:
     """|u|^2 - 2 uv + |v|^2, at least 0, between u (n, D) and v (m, D), as float32.
 
-    With `half` every operand and result is rounded to float16, sums run in float32: as TensorFlow on a CPU.
+    With `half` every operand and result is rounded to float16 as TensorFlow on a CPU does: products are summed in
+    float32, norms in float16.
     """
     if half:
         u, v = u.half(), v.half()
         products = (u.float() @ v.float().T).half()
-        norm_u, norm_v = u.square().float().sum(dim=1).half(), v.square().float().sum(dim=1).half()
+        norm_u, norm_v = squared_norms_in_half(u), squared_norms_in_half(v)
     else:
         u, v = u.float(), v.float()
         products, norm_u, norm_v = u @ v.T, u.square().sum(dim=1), v.square().sum(dim=1)
     return (norm_u[:, None] - products.mul_(2)).add_(norm_v).clamp_(min=0).float()
+
+
+def squared_norms_in_half(x: Tensor) -> Tensor:
+    """|x|^2 of x (n, D), float16, for D = 2048 bit for bit TensorFlow's on a CPU (of any x86-64 kind).
+
+    The squares are cut into two halves; of each, 32 float16 sums run side by side, are added up in float16 to 8, and
+    these in float32.
+    """
+    squares = torch.nn.functional.pad(x, (0, -x.shape[1] % 64)).square().unflatten(1, (2, -1, 4, 8))
+    sums = squares[:, :, 0].clone()
+    for some in squares.unbind(dim=2)[1:]:
+        sums += some
+    lanes = (sums[:, :, 0] + sums[:, :, 1] + sums[:, :, 2] + sums[:, :, 3]).float()  # (n, 2, 8)
+    while lanes.shape[2] > 1:
+        left, right = lanes.chunk(2, dim=2)
+        lanes = left + right
+    first, second = lanes.squeeze(2).half().unbind(dim=1)
+    return first + second

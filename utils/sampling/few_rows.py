@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGE = 2**24  # parameters that no CPU's cache holds
 TRIAL_SECONDS = 0.05  # per way and shape
 TRIAL_LAYERS = 8  # of one shape, in turn: the weights of one alone would stay in the cache
 GAIN = 1.1  # what a way must gain over F.linear to replace it
@@ -56,6 +57,11 @@ def _prepacked(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tens
 
 WAYS = {"plain": _plain, "columns": _columns, "prepacked": _prepacked}
 MISSING = AttributeError, RuntimeError
+
+
+def is_large(module: nn.Module) -> bool:
+    """Whether reading the module's weights is what takes the time."""
+    return sum(parameter.numel() for parameter in module.parameters()) > LARGE
 
 
 @torch.no_grad()

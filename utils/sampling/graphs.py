@@ -90,6 +90,20 @@ def static_phases(phases, num_class_tokens: int):
     return type(phases)(cache(phases.new_cache), phases.prefill, sample_token, decode_step)
 
 
+class Throttle:
+    """Called once per token, it keeps at most two tokens in a GPU's queue: a signal is not kept waiting."""
+
+    def __init__(self):
+        self.behind = None  # the event of the token before
+
+    def __call__(self) -> None:
+        if torch.cuda.is_available():
+            if self.behind is not None:
+                self.behind.synchronize()
+            self.behind = torch.cuda.Event()
+            self.behind.record()
+
+
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Store the weights of linear layers and convolutions in the autocast dtype: the numbers that autocast would use,
     without casting them anew at every call."""

@@ -1,84 +1,60 @@
-"""A run that may be stopped and continued: the signals that stop it, and the folder and settings that it keeps to."""
+"""The folder of a run that may be stopped and continued: one run has it at a time, and one set of settings."""
 
-import fcntl
 import json
-import os
-import signal
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 
-from utils.files import atomic_file
+from utils.files import lock, read_json, remove_leftovers, write_json
+from utils.sampling.shards import SHARD_PATTERN, has_shards
 
-END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGINT. No Exception, so that nothing on the way takes it for an error and carries on."""
-
-    def __init__(self, signum: int):
-        self.signum = signum
-
-
-def raise_on_signals() -> None:
-    """From now on SIGTERM and SIGINT raise Stopped, once; a process that hangs over its end is ended by SIGALRM."""
-
-    def stop(signum, _frame):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        signal.alarm(END_WITHIN_SECONDS)
-        raise Stopped(signum)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+REMEDY = "choose or empty a folder"
+DAMAGED = f"it does not say which run this is; {REMEDY}"
+RESULTS = r"(samples|run)\.json|samples\.npz|contact_sheet\.png"
 
 
 def open_run(folder: Path, settings: dict, stack: ExitStack) -> dict:
     """Make the folder this run's, or see that it is, and lock it until `stack` closes.
 
     What a killed run left half-written is removed, and a run that made no image gives way. Returns the content of the
-    folder's run.json. ValueError says which settings differ from those of the run in it, or that the file is damaged.
+    folder's run.json. ValueError: see `claim`.
     """
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    path, locked = folder / "run.json", lock(folder, stack)
+    locked = lock(folder, stack, "--sample-dir")
     if locked:
-        for leftover in [*folder.glob(".*.tmp"), *folder.glob("shards/.*.tmp")]:
-            leftover.unlink()
-    unused = locked and not (folder / "samples.npz").exists() and not any(folder.glob("shards/*.npy"))
-    if unused or not path.exists():
+        remove_leftovers(folder, RESULTS)
+        remove_leftovers(folder / "shards", SHARD_PATTERN)
+    has_images = (folder / "samples.npz").exists() or has_shards(folder / "shards")
+    if locked and not has_images:
+        (folder / "run.json").unlink(missing_ok=True)
+    return claim(folder, settings, "--sample-dir", has_images)
+
+
+def claim(folder: Path, settings: dict, flag: str, has_images: bool) -> dict:
+    """Write the settings to the folder's run.json, or see that they are there already; its content.
+
+    ValueError says which settings differ from those of the run in it, that the file is damaged, or that nothing says
+    which run made the images in the folder.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        if has_images:
+            raise ValueError(f"{flag} {folder} holds images, and no run.json that says which run made them; {REMEDY}")
         write_json(path, settings)
         return settings
-    before = read_json(path)
+    before = read_json(path, DAMAGED)
     differing = [name for name in settings if before.get(name) != settings[name]]
     if differing:
         change = "; ".join(f"{name}: {before.get(name)} there, {settings[name]} now" for name in differing)
-        raise ValueError(f"--sample-dir {folder} holds images of another run ({change}); choose or empty a folder")
+        raise ValueError(f"{flag} {folder} holds images of another run ({change}); {REMEDY}")
     return before
 
 
-def lock(folder: Path, stack: ExitStack) -> bool:
-    """Lock the folder until `stack` closes; False on a file system without locks. ValueError: another run has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    stack.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--sample-dir {folder} is in use by another run; wait for it or choose another") from None
-    except OSError:
-        return False
-    return True
+def note(folder: Path, values: dict) -> None:
+    """Add values to the folder's run.json."""
+    write_json(folder / "run.json", {**read_json(folder / "run.json", DAMAGED), **values})
 
 
-def read_json(path: Path, remedy: str = "it does not say which run this is; choose or empty a folder") -> dict:
-    """What write_json wrote. ValueError names a file that holds something else, and the remedy."""
-    try:
-        values = json.loads(path.read_text())
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged, no JSON object: {remedy}")
-    return values
-
-
-def write_json(path: Path, values: dict) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(values, indent=2).encode() + b"\n")
+def key_of(settings: dict) -> int:
+    """The number that ties shards to their run."""
+    return zlib.crc32(json.dumps(settings, sort_keys=True).encode())

@@ -1,58 +1,33 @@
-"""Checkpoints that cannot be lost: written beside, fsynced, renamed; verified before they are trusted.
+"""The checkpoints of a run: written in the background, verified before they are trusted, the newest ones kept.
 
-A checkpoint is one torch.save file (a zip whose members carry CRC32s) named step_00001234.pt, or
-step_00001234_epoch_0050.pt for one that is kept for good. `last.pt` is a symbolic link to the newest complete one.
+They are named step_00001234.pt, or step_00001234_epoch_0050.pt where one is kept for good. `last.pt` is a symbolic
+link to the newest complete one.
 """
 
-import argparse
 import os
 import re
 import shutil
 import threading
-import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from utils.files import sync
+from utils import checkpoint_file
+from utils.files import lock, remove_leftovers, sync
 
 NAME = re.compile(r"step_(\d{8,})(_epoch_\d{4,})?\.pt")
+LEFTOVER = re.compile(rf"last\.pt\.\d+\.tmp|{NAME.pattern}\.\d+-\d+\.tmp")  # a link's, and of earlier versions
+KEYS = {"model", "optimizer", "step", "args", "config"}  # of every run's checkpoint, since the first version
 
 
-def load(path: Path) -> dict:
-    """The dict in a checkpoint file, on the CPU. Executes nothing in it: plain values, tensors and Namespaces only."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+class Entry(NamedTuple):
+    """One entry of a checkpoint: how it is written, and how it is read back where it is."""
 
-
-def load_verified(path: Path) -> dict:
-    """`load`, after every byte of the file's contents agreed with its checksum.
-
-    Raises ValueError naming the file and what is wrong, whatever the damage.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged} does not match")
-        return load(path)
-    except Exception as error:  # zipfile and torch raise a dozen kinds for damaged or hostile files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: damaged or not a checkpoint ({reason})") from error
-
-
-def write(state: dict, path: Path) -> None:
-    """Put `state` at `path` completely or not at all, on the disk when this returns. Raises OSError or RuntimeError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        torch.save(state, temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    write: Callable[[], object]
+    read: Callable[[object], object] = lambda value: None
 
 
 def snapshot(value: object, copies: dict | None = None) -> object:
@@ -74,13 +49,14 @@ class CheckpointFolder:
     """The checkpoints of one run, written by one process.
 
     The newest complete one and the one before it stay, and all that were saved with an epoch; older ones go.
-    `report` takes one line of text: damaged files that were skipped, saves that failed. A context manager: no save
-    goes on behind the block.
+    `report` takes one line of text: files that were skipped, saves that failed. A context manager: no save goes on
+    behind the block.
     """
 
     def __init__(self, folder: Path, report: Callable[[str], None] = print):
         self.folder, self.report = folder, report
         self.good: list[Path] = []  # complete ones that this process wrote or loaded, oldest first
+        self.foreign: set[Path] = set()  # readable, but no run's: left alone
         self.failed = False  # whether the newest save failed
         self.writer: threading.Thread | None = None
 
@@ -95,30 +71,49 @@ class CheckpointFolder:
         matches = [(NAME.fullmatch(path.name), path) for path in self.folder.glob("step_*.pt")]
         return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
-    def latest_good(self) -> tuple[Path, dict] | None:
-        """The newest checkpoint that verifies; each damaged newer one is reported and skipped.
+    def newest_good(self) -> Path | None:
+        """The newest checkpoint of a run whose bytes all agree with their checksums; newer others are reported.
 
         Raises ValueError when there are checkpoints and none of them is good.
         """
         found = self.found()
         for _, path in found:
             try:
-                state = load_verified(path)
+                missing = sorted(KEYS - checkpoint_file.read(path, verify=True).keys())
             except ValueError as error:
                 self.report(f"skipped a checkpoint: {error}")
                 continue
-            self.good.append(path)
-            self._point_last_to(path)  # an interrupted save may have left it one behind, or at a damaged file
-            return path, state
+            if not missing:
+                return path
+            self.foreign.add(path)
+            self.report(f"skipped a file that is no checkpoint of a run: {path} has no {', '.join(missing)}")
         if found:
-            raise ValueError(f"--results-dir: none of the {len(found)} checkpoints in {self.folder} is readable")
+            raise ValueError(
+                f"--results-dir: none of the {len(found)} checkpoints in {self.folder} is readable and a run's; "
+                "move them away to start anew"
+            )
         return None
 
-    def clean(self) -> None:
-        """Make the folder, and remove what an interrupted save left in it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob("*.tmp"):
-            left.unlink(missing_ok=True)
+    def continue_from(self, path: Path) -> None:
+        """The run goes on from this checkpoint."""
+        self.good.append(path)
+        self._point_last_to(path)  # an interrupted save may have left it one behind, or at a damaged file
+
+    def open(self, stack: ExitStack) -> None:
+        """Make the folder, lock the run's until `stack` closes, and remove what an interrupted save left.
+
+        Raises ValueError where another run has it, or it cannot be written.
+        """
+        results = self.folder.parent
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if lock(results, stack, "--results-dir"):
+                remove_leftovers(self.folder, NAME.pattern)
+                for path in self.folder.glob("*.tmp"):
+                    if LEFTOVER.fullmatch(path.name):
+                        path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(f"--results-dir {results}: cannot be written ({error}); choose another folder") from None
 
     def save(self, state: dict, step: int, epoch: int | None = None) -> None:
         """Copy `state` now, write it in the background; with `epoch`, for good. A failure is reported, not raised.
@@ -140,7 +135,7 @@ class CheckpointFolder:
 
     def _write(self, state: dict, path: Path) -> None:
         try:
-            write(state, path)
+            checkpoint_file.write(state, path)
             self._point_last_to(path)
         except (OSError, RuntimeError) as error:
             self.failed = True
@@ -165,5 +160,6 @@ class CheckpointFolder:
     def _prune(self, newest: Path) -> None:
         newest_step = int(NAME.fullmatch(newest.name)[1])
         for step, path in self.found():
-            if step < newest_step and path not in self.good and not NAME.fullmatch(path.name)[2]:
+            is_kept = path in self.good or path in self.foreign or NAME.fullmatch(path.name)[2]
+            if step < newest_step and not is_kept:
                 path.unlink(missing_ok=True)

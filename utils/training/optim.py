@@ -48,6 +48,19 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
             group["lr"] = lr
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Take over a state dict, as copies that lie in memory as the weights do.
+
+    A GPU's checkpoint has channels_last moments where a CPU's weights are contiguous, and the other way round; fused
+    AdamW on a CPU would silently pair the wrong elements.
+    """
+    optimizer.load_state_dict(state)
+    for weight, moments in optimizer.state.items():
+        for name, value in moments.items():
+            like = weight if value.shape == weight.shape else value
+            moments[name] = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def poison(loss: torch.Tensor) -> torch.Tensor:
     """`loss` itself where it is finite; otherwise a loss whose every gradient is NaN.
 
@@ -62,18 +75,21 @@ def update(
     weights: list[nn.Parameter],
     *,
     max_grad_norm: float,
-    scaler: torch.amp.GradScaler,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> torch.Tensor:
     """Clip, then update unless the gradient is not finite; return its norm before clipping (0-dim, on the device).
 
     The decision stays on the device: fused AdamW leaves weights and state as they are where `found_inf` is 1, the
-    interface that GradScaler uses. A disabled scaler (bf16, float32) does nothing here.
+    interface that GradScaler uses. `scaler`: what the loss was scaled by (fp16), None where it was not.
     """
-    scaler.unscale_(optimizer)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(weights, max_grad_norm)
-    if not scaler.is_enabled():
+    if scaler is None:
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
-    scaler.step(optimizer)
-    scaler.update()
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm

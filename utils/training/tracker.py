@@ -3,6 +3,9 @@
 import sys
 import time
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,36 +26,73 @@ def summary_writer(folder: Path, step: int):
     return SummaryWriter(str(folder), purge_step=step)
 
 
-class Tracker:
-    """Means of what the steps report. Nothing waits for the device until `read`; then it is one transfer."""
+def add_to(totals: dict[str, torch.Tensor], share: float, **values: torch.Tensor) -> None:
+    """Add values of one part of a step, times its share, to the step's."""
+    for name, value in values.items():
+        value = value.detach() * share
+        totals[name] = totals[name] + value if name in totals else value
 
-    def __init__(self, folder: Path, *, step: int, total_steps: int, steps_per_epoch: int, global_batch_size: int):
-        self.total_steps, self.steps_per_epoch, self.global_batch_size = total_steps, steps_per_epoch, global_batch_size
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    total_steps: int
+    steps_per_epoch: int
+    step: int = 0  # updates made
+
+    @property
+    def epoch(self) -> int:
+        """Complete epochs."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def step_in_epoch(self) -> int:
+        return self.step % self.steps_per_epoch
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self.total_steps
+
+
+class Tracker:
+    """Means of what the steps report. Nothing waits for the device until a line is due; then it is one transfer.
+
+    What cannot be written to log.txt or TensorBoard is told to `report` once, and training goes on.
+    """
+
+    def __init__(self, folder: Path, progress: Progress, global_batch_size: int, report: Callable[[str], None] = print):
+        self.progress, self.global_batch_size, self.report = progress, global_batch_size, report
+        step, total_steps = progress.step, progress.total_steps
         self.writer = self.file = None
-        if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
-            self.writer = summary_writer(folder / "tensorboard", step)
+        self.log_fails = False
+        with distributed.all_or_none():
+            if distributed.is_main():
+                folder.mkdir(parents=True, exist_ok=True)
+                self.file = open(folder / "log.txt", "ab", buffering=0)  # noqa: SIM115
+        if self.file is not None:
+            with self._tensorboard():
+                self.writer = summary_writer(folder / "tensorboard", step)
         self.bar = tqdm(
             total=total_steps, initial=step, unit="step", dynamic_ncols=True,
             disable=None if distributed.is_main() else True,
         )  # fmt: skip
         self.sums: dict[str, torch.Tensor] = {}  # name -> (sum, count) of the finite values
         self.steps: list[int] = []  # since the last read
-        self.indices: list[torch.Tensor] = []  # this process's pictures in each of them
+        self.indices: list[torch.Tensor] = []  # this process's images in each of them
         self.finite: list[torch.Tensor] = []
         self.skipped_in_a_row = 0
         self.logged = step
         self.started = time.perf_counter()
 
-    def add(self, step: int, metrics: dict[str, torch.Tensor], *, finite: torch.Tensor, indices: torch.Tensor) -> None:
-        """metrics: 0-dim tensors of update `step` (from 1); finite: whether it was made; indices: the pictures here."""
+    def add(self, metrics: dict[str, torch.Tensor], *, finite: torch.Tensor, indices: torch.Tensor) -> None:
+        """metrics: 0-dim tensors of the newest update; finite: whether it was made; indices: its images here."""
         for name, value in metrics.items():
             value = value.detach().float()
             ok = torch.isfinite(value)
             pair = torch.stack([torch.where(ok, value, 0.0), ok.float()])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-        self.steps.append(step)
+        self.steps.append(self.progress.step)
         self.finite.append(finite)
         self.indices.append(indices)
         self.bar.update()
@@ -64,51 +104,70 @@ class Tracker:
         for step, finite, indices in zip(self.steps, torch.stack(self.finite).tolist(), self.indices):
             self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
             if not finite:
-                pictures = [i for part in distributed.gather_objects(indices.tolist()) for i in part]
-                self.print(f"step {step}: loss or gradient not finite, update skipped; pictures {pictures}")
+                images = [i for part in distributed.gather_objects(indices.tolist()) for i in part]
+                self.print(f"step {step}: loss or gradient not finite, update skipped; images {images}")
         self.steps, self.finite, self.indices = [], [], []
         return self.skipped_in_a_row
 
-    def log(self, step: int, lr: float) -> dict[str, float]:
-        """One line and one TensorBoard entry for the steps since the last; `step` of them are complete."""
+    def log(self, lr: float) -> dict[str, float]:
+        """One line and one TensorBoard entry for the steps since the last."""
         self.count_skipped()
+        step, total_steps = self.progress.step, self.progress.total_steps
         seconds = time.perf_counter() - self.started
         names = list(self.sums)
         pairs = distributed.reduce_sum(torch.stack([self.sums[name] for name in names])).tolist()
         means = {name: total / count if count else float("nan") for name, (total, count) in zip(names, pairs)}
         means["lr"] = lr
         means["images/s"] = (step - self.logged) * self.global_batch_size / seconds
-        if self.writer is not None:
-            for name, value in means.items():
-                self.writer.add_scalar(name, value, step)
-        epoch = (step - 1) // self.steps_per_epoch
+        with self._tensorboard():
+            if self.writer is not None:
+                for name, value in means.items():
+                    self.writer.add_scalar(name, value, step)
+        epoch = (step - 1) // self.progress.steps_per_epoch
         values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self.print(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  epoch {epoch}  {values}")
+        self.print(f"step {step:>{len(str(total_steps))}}/{total_steps}  epoch {epoch}  {values}")
         self.sums, self.logged = {}, step
         self.started = time.perf_counter()
         return means
 
-    def picture(self, name: str, images: torch.Tensor, step: int) -> None:
+    def image(self, name: str, images: torch.Tensor) -> None:
         """A grid of images (N, 3, H, W) in [-1, 1] to TensorBoard, from rank 0."""
         if self.writer is not None:
             from torchvision.utils import make_grid
 
             grid = make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=8)
-            self.writer.add_image(name, grid, step)
+            with self._tensorboard():
+                self.writer.add_image(name, grid, self.progress.step)
 
     def print(self, text: str) -> None:
         """A line above the progress bar and in log.txt, from rank 0."""
         if self.file is not None:
             tqdm.write(text)
             sys.stdout.flush()
-            self.file.write(text + "\n")
-            self.file.flush()
+            try:
+                self.file.write(f"{text}\n".encode())
+                self.log_fails = False
+            except OSError as error:
+                if not self.log_fails:
+                    self.report(f"could not write to {self.file.name}: {error.strerror}; training goes on")
+                self.log_fails = True
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[None]:
+        """Around what TensorBoard's writer does: it is given up where it fails, as it then never writes again."""
+        try:
+            yield
+        except Exception as error:  # its thread's own, of any kind
+            self.writer = None
+            self.report(f"could not write for TensorBoard: {error}; training goes on without it")
 
     def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        with self._tensorboard():
+            if self.writer is not None:
+                self.writer.close()
+        if self.file is not None:
             self.file.close()

@@ -7,24 +7,16 @@ import random
 import resource
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from utils.training import checkpoints as checkpoint
-from utils.training.checkpoints import CheckpointFolder, load, load_verified, snapshot, write
-
-
-def state(step: int, size: int = 1000) -> dict:
-    """A state whose every tensor tells its step."""
-    weight = torch.full((size,), float(step))
-    return {"model": {"a": weight, "b": torch.arange(5) + step}, "ema": {"a": weight}, "step": step,
-            "args": argparse.Namespace(lr=1e-4, model="SphereAR-B"), "config": {"stem": (1, 2)}}  # fmt: skip
-
-
-def is_whole(saved: dict) -> bool:
-    return torch.equal(saved["model"]["a"], torch.full_like(saved["model"]["a"], float(saved["step"])))
+from tests.helpers.states import is_whole, state
+from utils import checkpoint_file
+from utils.checkpoint_file import read
+from utils.training.checkpoints import CheckpointFolder, snapshot
 
 
 @pytest.fixture
@@ -32,8 +24,13 @@ def folder(tmp_path):
     reports = []
     made = CheckpointFolder(tmp_path / "checkpoints", reports.append)
     made.reports = reports
-    made.clean()
+    clean(made)
     return made
+
+
+def clean(folder: CheckpointFolder) -> None:
+    with ExitStack() as stack:
+        folder.open(stack)
 
 
 def names(folder: CheckpointFolder) -> set[str]:
@@ -44,10 +41,10 @@ def test_saved_is_read_back_and_last_points_to_it(folder):
     folder.save(state(7), 7)
     assert folder.wait()
     assert names(folder) == {"step_00000007.pt", "last.pt"}
-    saved = load(folder.folder / "last.pt")
+    saved = read(folder.folder / "last.pt")
     assert is_whole(saved) and saved["args"] == argparse.Namespace(lr=1e-4, model="SphereAR-B")
     assert saved["config"]["stem"] == (1, 2)
-    assert folder.latest_good()[1]["step"] == 7
+    assert read(folder.newest_good())["step"] == 7
 
 
 def test_two_newest_and_epochs_stay(folder):
@@ -65,7 +62,7 @@ def test_the_copy_is_taken_at_once_and_keeps_shared_memory(folder):
     folder.save(live, 1)
     live["model"]["a"].fill_(99)
     folder.wait()
-    assert is_whole(folder.latest_good()[1])
+    assert is_whole(read(folder.newest_good()))
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.7, 0.99, 0.9999])
@@ -76,37 +73,63 @@ def test_truncated_newest_is_skipped(folder, share):
     newest = folder.folder / "step_00000002.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[: int(share * len(content))])
-    path, saved = folder.latest_good()
-    assert path.name == "step_00000001.pt" and is_whole(saved)
+    path = folder.newest_good()
+    assert path.name == "step_00000001.pt" and is_whole(read(path))
     assert len(folder.reports) == 1 and "step_00000002.pt" in folder.reports[0]
-    assert load(folder.folder / "last.pt")["step"] == 1
-
-
-def test_flipped_bytes_are_never_silently_wrong(tmp_path):
-    path, good = tmp_path / "good.pt", state(3)
-    write(good, path)
-    content, draws, refused = path.read_bytes(), random.Random(0), 0
-    offsets = [*draws.sample(range(len(content)), 150), *range(len(content) - 60, len(content))]
-    for offset in offsets:
-        damaged = bytearray(content)
-        damaged[offset] ^= draws.randrange(1, 256)
-        path.write_bytes(damaged)
-        try:
-            saved = load_verified(path)
-        except ValueError as error:
-            assert str(path) in str(error)
-            refused += 1
-        else:  # padding between members, time stamps: nothing that is read
-            assert is_whole(saved) and saved["step"] == 3 and torch.equal(saved["model"]["b"], good["model"]["b"])
-            assert saved["args"] == good["args"] and saved["config"] == good["config"]
-    assert refused > len(offsets) / 2
+    folder.continue_from(path)
+    assert read(folder.folder / "last.pt")["step"] == 1
 
 
 def test_none_good_is_an_error_and_none_at_all_is_not(folder):
-    assert folder.latest_good() is None
+    assert folder.newest_good() is None
     (folder.folder / "step_00000001.pt").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):
-        folder.latest_good()
+        folder.newest_good()
+
+
+def test_a_file_of_another_kind_is_told_and_left_alone(folder):
+    """Such as a published one, whatever its name; last.pt does not point to it."""
+    for step in (1, 2):
+        folder.save(state(step), step)
+    folder.wait()
+    published = folder.folder / "step_00000003.pt"
+    torch.save({"model": state(3)["model"]}, published)
+    again = CheckpointFolder(folder.folder, folder.reports.append)
+    assert again.newest_good().name == "step_00000002.pt"
+    assert "no checkpoint of a run" in folder.reports[0] and "no args, config, optimizer, step" in folder.reports[0]
+    assert os.readlink(folder.folder / "last.pt") == "step_00000002.pt"
+    for step in (4, 5, 6):
+        again.save(state(step), step)
+    again.wait()
+    assert names(again) == {"last.pt", "step_00000003.pt", "step_00000005.pt", "step_00000006.pt"}
+
+
+def test_last_stays_where_it_is_until_a_checkpoint_is_continued(folder):
+    folder.save(state(1), 1)
+    folder.wait()
+    (folder.folder / "last.pt").unlink()
+    path = CheckpointFolder(folder.folder).newest_good()
+    assert not (folder.folder / "last.pt").exists()
+    CheckpointFolder(folder.folder).continue_from(path)
+    assert os.readlink(folder.folder / "last.pt") == path.name
+
+
+def test_only_our_own_leftovers_are_removed(folder):
+    ours = ".step_00000007.pt.12-34.tmp", "step_00000007_epoch_0001.pt.12-34.tmp", "last.pt.12.tmp"
+    others = "notes.tmp", ".backup.tmp", "step_7.pt.tmp", "last.pt.tmp"
+    for name in (*ours, *others):
+        (folder.folder / name).write_bytes(b"")
+    clean(folder)
+    assert names(folder) == set(others)
+
+
+def test_two_runs_in_one_folder_are_refused(folder):
+    with ExitStack() as one, ExitStack() as two:
+        folder.open(one)
+        (folder.folder / "last.pt.12.tmp").touch()
+        with pytest.raises(ValueError, match=rf"--results-dir .* is in use by process {os.getpid()} on "):
+            CheckpointFolder(folder.folder).open(two)
+        assert names(folder) == {"last.pt.12.tmp"}
 
 
 class Malicious:
@@ -122,8 +145,7 @@ def test_hostile_files_are_refused_unexecuted(folder, tmp_path):
     torch.save(
         {**state(3), "args": Malicious()}, folder.folder / "step_00000003.pt", _use_new_zipfile_serialization=False
     )
-    path, _ = folder.latest_good()
-    assert path.name == "step_00000001.pt"
+    assert folder.newest_good().name == "step_00000001.pt"
     assert len(folder.reports) == 2
     assert not Malicious.trace.exists()
     torch.load(folder.folder / "step_00000002.pt", weights_only=False)  # the file does harm where it is trusted
@@ -135,18 +157,18 @@ def test_a_failed_save_is_reported_and_costs_nothing(folder, monkeypatch, error)
     folder.save(state(1), 1)
     folder.wait()
 
-    def fail(value, path):
-        path.write_bytes(b"half of it")
+    def fail(value, file):
+        file.write(b"half of it")
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.torch, "save", fail)
+        patch.setattr(checkpoint_file.torch, "save", fail)
         folder.save(state(2), 2)
         assert not folder.wait()
     assert len(folder.reports) == 1
     assert "step_00000002.pt" in folder.reports[0] and "step_00000001.pt" in folder.reports[0]
     assert names(folder) == {"last.pt", "step_00000001.pt"}
-    assert load(folder.folder / "last.pt")["step"] == 1
+    assert read(folder.folder / "last.pt")["step"] == 1
     folder.save(state(3), 3)
     assert folder.wait()
     assert names(folder) == {"last.pt", "step_00000001.pt", "step_00000003.pt"}
@@ -192,12 +214,13 @@ def kill_savers(folder: CheckpointFolder, kills: int, size: int) -> tuple[int, i
         with open(reader) as file:
             acknowledged = int((file.read().split() or [done])[-1])
         cut += any(path.suffix == ".tmp" for path in folder.folder.iterdir())
-        good = folder.latest_good()
-        step = good[1]["step"] if good and is_whole(good[1]) else 0
+        good = folder.newest_good()
+        state = read(good) if good else None
+        step = state["step"] if good and is_whole(state) else 0
         last = folder.folder / "last.pt"
-        lost += step < acknowledged or folder.reports != [] or (last.exists() and load(last)["step"] < acknowledged)
+        lost += step < acknowledged or folder.reports != [] or (last.exists() and read(last)["step"] < acknowledged)
         done = step
-        folder.clean()
+        clean(folder)
     return cut, lost
 
 

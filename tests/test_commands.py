@@ -1,0 +1,140 @@
+"""The three scripts as commands: the quickstart's chain at its smallest, the published lines, the README."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluator
+import sample_ddp
+import train
+from dataset.toy import class_agreement, write_toy
+from models import SVAE, SphereAR, from_checkpoint
+from utils import checkpoint_file
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"train.py": train.main, "sample_ddp.py": sample_ddp.main, "evaluator.py": evaluator.main}
+OTHERS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--rdzv_backend",
+          "--rdzv_endpoint", "--rdzv_id", "--logdir", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal",
+          "--requeue", "--open-mode", "--batch", "--no-decoder", "--turns", "--images"}  # fmt: skip
+# torchrun, TensorBoard, SLURM, benchmarks; those of python -m … are asked for as the scripts' are
+MODULES = "dataset.toy", "dataset.check", "dataset.reference", "examples.collapse"
+
+
+def torchrun(*command: object) -> str:
+    """Run a script on two processes; its output."""
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def test_from_digits_to_metrics(tmp_path):
+    tar, reference = write_toy(tmp_path / "data", count=100)
+    recipe = [
+        "train.py", "--model", "SphereAR-Nano", "--data-path", tar, "--global-batch-size", 8, "--warmup-steps", -1,
+        "--decay-start", -1, "--lr", 1e-3, "--num-workers", 0, "--max-steps", 3, "--sample-every", 0,
+    ]  # fmt: skip
+    svae, ar, samples = tmp_path / "svae", tmp_path / "ar", tmp_path / "samples"
+    torchrun(*recipe, "--vae-only", "--results-dir", svae, "--perceptual-weight", 0, "--disc-weight", 0)
+    vae = checkpoint_file.load(svae / "checkpoints" / "last.pt", from_checkpoint)
+    assert isinstance(vae, SVAE)
+
+    torchrun(*recipe, "--results-dir", ar, "--trained-vae", svae / "checkpoints" / "last.pt", "--ema", 0.5)
+    model = checkpoint_file.load(ar / "checkpoints" / "last.pt", from_checkpoint)
+    assert isinstance(model, SphereAR)
+    assert torch.equal(model.vae.quant_proj.weight, vae.quant_proj.weight)
+
+    torchrun(
+        "sample_ddp.py", "--model", "SphereAR-Nano", "--ckpt", ar / "checkpoints" / "last.pt", "--num-fid-samples", 20,
+        "--labels", "balanced", "--num-sampling-steps", 2, "--cfg-scale", 1.5, "--per-proc-batch-size", 8,
+        "--sample-dir", samples, "--to-npz",
+    )  # fmt: skip
+    with np.load(samples / "samples.npz", allow_pickle=False) as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert images.shape == (20, 32, 32, 3) and images.dtype == np.uint8
+    assert np.bincount(labels, minlength=10).tolist() == [2] * 10
+    assert (samples / "contact_sheet.png").stat().st_size > 0
+
+    few = tmp_path / "few.npz"
+    with np.load(reference, allow_pickle=False) as arrays:
+        np.savez(few, arr_0=arrays["arr_0"][:20])
+    torchrun("evaluator.py", few, samples / "samples.npz")
+    record = json.loads((samples / "samples.json").read_text())
+    assert record["settings"]["--labels"] == "balanced"  # the sampler's receipt
+    assert record["evaluation"]["metrics"]["FID"] > 0
+    assert class_agreement(str(tar), str(samples / "samples.npz")) <= 1
+
+
+# ---- the README
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_tree_names_what_is_there():
+    tree = README.partition("## The tree")[2].partition("```\n")[2].partition("```")[0]
+    folder, named = ROOT, set()
+    for line in tree.splitlines():
+        words = re.split(r" {2,}", line.strip())
+        if not line.startswith(" "):
+            folder = ROOT
+        if words[0].endswith("/"):
+            folder = (folder if folder.parent == ROOT and line.startswith("  ") else ROOT) / words[0].rstrip("/")
+            assert folder.is_dir(), folder
+            if line.startswith("  "):
+                rooms = [room for word in words[1].split(", ") for room in folder.glob(f"{word}.py")]
+                named |= set(rooms)
+                assert len(rooms) >= len(words[1].split(", ")), line
+                folder = folder.parent
+        for word in words:
+            if re.fullmatch(r"\w+\.py", word):
+                assert (folder / word).is_file(), f"{folder.name}/{word}"
+                named.add(folder / word)
+    product = {path for name in ("models", "dataset", "utils") for path in (ROOT / name).rglob("*.py")}
+    assert product - named == {path for path in product if path.name == "__init__.py"}
+
+
+def help_of(command: list[str]) -> str:
+    result = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+def test_every_flag_exists():
+    known = "".join(help_of([script]) for script in SCRIPTS) + "".join(help_of(["-m", name]) for name in MODULES)
+    for flag in set(re.findall(r"--[a-z][a-z0-9_-]+", README)) - OTHERS:
+        assert flag in known, flag
+
+
+def published() -> list[list[str]]:
+    """The words of each published command, from the script's name on, as they stand in the README."""
+    text = README.partition("### The published commands")[2].partition("\n### ")[0]
+    blocks = [shlex.split(block.replace("\\\n", " ")) for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)]
+    return [block[next(i for i, word in enumerate(block) if word in SCRIPTS) :] for block in blocks]
+
+
+@pytest.mark.parametrize("command", published(), ids=lambda command: " ".join(command[:3]))
+def test_published_commands_are_understood(command, tmp_path, monkeypatch, capsys):
+    """They come as far as the first of their files, which is not here."""
+    monkeypatch.chdir(tmp_path)
+    assert SCRIPTS[command[0]](command[1:]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"\$data_path|\$vae_ckpt|\$ckpt|VIRTUAL_imagenet256_labeled", error), error
+    assert "unrecognized" not in error and len(error.strip().splitlines()) == 1
+
+
+def test_there_are_four_published_commands():
+    assert sorted(command[0] for command in published()) == ["evaluator.py", "sample_ddp.py", "train.py", "train.py"]

@@ -1,0 +1,67 @@
+"""train.py's command line: the published commands, each stage's values, and flags that would have no effect."""
+
+import shlex
+
+import pytest
+
+from models import PRESETS
+from models.posteriors import POSTERIORS
+from models.svae import PROJECTIONS
+from utils.training.options import parse_args
+
+# to the letter, but for the names of files and hosts
+PUBLISHED_SVAE = """
+--results-dir $result_path --data-path $data_path \
+--image-size 256 --epochs 100 --patch-size 16 --latent-dim 16 --vae-only \
+--lr 1e-4 --global-batch-size 256 --warmup-steps -1 --decay-start -1
+"""
+PUBLISHED_AR = """
+--results-dir $result_path --data-path $data_path --image-size 256 \
+--model SphereAR-B --epochs 400 --patch-size 16 --latent-dim 16 \
+--lr 3e-4 --global-batch-size 512 --trained-vae $vae_ckpt --ema 0.9999
+"""
+
+
+def parse(command: str):
+    return parse_args(shlex.split(command), "", list(PRESETS), list(POSTERIORS), list(PROJECTIONS))
+
+
+def test_published_commands_are_the_shortest_ones():
+    """The recipes are the defaults, so spelling them out changes nothing."""
+    published, short = vars(parse(PUBLISHED_SVAE)), vars(parse("--vae-only --data-path $data_path"))
+    same = {name for name in published if published[name] == short[name]}
+    assert published.keys() - same == {"results_dir", "image_size", "patch_size", "latent_dim"}
+    published = vars(parse(PUBLISHED_AR))
+    short = vars(parse("--model SphereAR-B --data-path $data_path --trained-vae $vae_ckpt"))
+    same = {name for name in published if published[name] == short[name]}
+    assert published.keys() - same == {"results_dir", "image_size", "patch_size", "latent_dim"}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--vae-only --diff-batch-mul 7", r"--diff-batch-mul 7: is for AR training; leave it or --vae-only out"),
+        ("--vae-only --class-dropout 0", r"--class-dropout 0.0: is for AR training"),
+        ("--vae-only --trained-vae x.pt", r"--trained-vae x.pt: is for AR training"),
+        ("--trained-vae x.pt --kl-weight 0.5", r"--kl-weight 0.5: is for the S-VAE's training \(--vae-only\)"),
+        ("--trained-vae x.pt --disc-weight 0", r"--disc-weight 0.0: is for the S-VAE's training"),
+        ("--vae-only --disc-weight 0 --disc-start 5", r"--disc-start 5: has an effect only with --disc-weight above 0"),
+        ("--vae-only --perceptual-weight 0 --vgg-weights x", r"--vgg-weights x: has an effect only with --perceptual"),
+        ("--vae-only --min-lr 0", r"--min-lr 0.0: has an effect only with --decay-start"),
+        ("--trained-vae x.pt --lr inf", r"--lr: inf must be above 0"),
+        ("--trained-vae x.pt --lr nan", r"--lr: nan must be above 0"),
+        ("--trained-vae x.pt --global-seed 18446744073709551616", r"--global-seed: 18446744073709551616 must lie in"),
+        ("--trained-vae x.pt --epochs 1.5", r"--epochs: 1.5 is no whole number"),
+        ("--trained-vae x.pt --min-lr 1 --lr 0.1", r"--min-lr 1.0: must not be above --lr 0.1"),
+    ],
+)
+def test_flags_without_effect_or_out_of_range_are_refused(command, message):
+    with pytest.raises(ValueError, match=message):
+        parse(f"--data-path data {command}")
+
+
+def test_what_has_no_effect_is_none():
+    args = parse("--data-path data --vae-only --disc-weight 0")
+    assert (args.disc_start, args.min_lr, args.diff_batch_mul) == (None, None, None)
+    args = parse("--data-path data --trained-vae x.pt")
+    assert (args.kl_weight, args.disc_weight, args.min_lr, args.decay_start) == (None, None, 1e-5, 20_000)

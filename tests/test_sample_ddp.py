@@ -1,0 +1,477 @@
+"""sample_ddp.py as a command: one result whatever the machine, never lost, clear errors."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models
+from models import PRESETS, SphereAR, checkpoint_state, config_to_dict
+from tests.helpers.nano import stirred_nano
+from tests.helpers.sampling import calm_nano, load, sample_here, start, wait_for_first_shard, write_checkpoint
+from utils import checkpoint_file
+from utils.sampling import few_rows, shards
+from utils.sampling.draws import compiled_normals
+from utils.sampling.run_folder import key_of
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("ckpt") / "nano.pt")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As under torchrun, so that results compare bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def sample(ckpt, tmp_path, monkeypatch):
+    """sample(folder, flags...) runs the script in this process -> (exit code, folder)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(folder, *flags):
+        return sample_here(ckpt, folder, *flags), tmp_path / folder
+
+    return run
+
+
+# ---- one result ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_exactly_its_images(sample, capsys):
+    code, folder = sample("run", "--num-fid-samples", 5, "--per-proc-batch-size", 2, "--to-npz", "--save-images", "png")
+    images, labels = load(folder)
+    assert code == 0
+    assert images.shape == (5, 32, 32, 3) and images.dtype == np.uint8
+    assert labels.tolist() == [1, 8, 3, 1, 8]
+    assert len(np.unique(images.reshape(5, -1), axis=0)) == 5
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "contact_sheet.png",
+        "run.json",
+        "samples.json",
+        "samples.npz",
+    ]
+    for index, image in enumerate(images):
+        assert (np.asarray(Image.open(folder.parent / "png" / f"{index:06d}.png")) == image).all()
+    receipt = json.loads((folder / "samples.json").read_text())
+    assert receipt["settings"]["--cfg-scale"] == 1.5 and receipt["images_in_last_run"] == 5
+    assert receipt["settings"]["--tf32"] is False and receipt["compile"] is False and receipt["linear_ways"] == {}
+    assert receipt["images_per_second"] > 0 and receipt["versions"]["torch"] == torch.__version__
+    assert "5 images" in capsys.readouterr().out
+    assert sample("run", "--num-fid-samples", 5, "--save-images", "later")[0] == 0
+    assert "already complete" in capsys.readouterr().out
+    for path in (folder.parent / "png").iterdir():
+        assert (folder.parent / "later" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_batch_size_changes_nothing_but_rounding(sample):
+    flags = "--num-fid-samples", 8, "--to-npz"
+    three, labels3 = load(sample("three", *flags, "--per-proc-batch-size", 3)[1])
+    eight, labels8 = load(sample("eight", *flags, "--per-proc-batch-size", 8)[1])
+    assert (labels3 == labels8).all()
+    assert np.abs(three.astype(int) - eight).max() <= 1
+    assert (three == eight).mean() > 0.99
+
+
+def test_the_released_conversion_to_bytes_is_asked_for(sample, capsys):
+    ours, released = (
+        load(sample(name, "--num-fid-samples", 4, "--to-npz", *flags)[1])[0].astype(int)
+        for name, flags in (("ours", ()), ("released", ("--reference-uint8",)))
+    )
+    assert np.abs(released - ours).max() <= 1 and 0.05 < (released - ours).mean() < 0.6
+    assert sample("ours", "--num-fid-samples", 4, "--reference-uint8")[0] == 2
+    assert "--reference-uint8: False there, True now" in capsys.readouterr().err
+
+
+def test_the_receipt_names_the_linear_layers_ways(sample, monkeypatch):
+    monkeypatch.setattr(few_rows, "LARGE", 0)
+    code, folder = sample("run", "--num-fid-samples", 2)
+    ways = json.loads((folder / "samples.json").read_text())["linear_ways"]
+    assert code == 0 and list(ways) == ["4"] and ways == json.loads((folder / "run.json").read_text())["linear_ways"]
+
+
+def test_bf16_on_a_cpu_prints_no_warning(sample, recwarn):
+    torch.set_warn_always(True)  # otherwise PyTorch warns once per process
+    try:
+        assert sample("run", "--num-fid-samples", 1, "--mixed-precision", "bf16")[0] == 0
+    finally:
+        torch.set_warn_always(False)
+    assert not [warning for warning in recwarn if "Mismatch dtype" in str(warning.message)]
+
+
+def test_two_processes_give_the_bytes_of_one(ckpt, sample):
+    flags = "--num-fid-samples", 7, "--per-proc-batch-size", 2, "--to-npz"
+    _, one = sample("one", *flags)
+    two = one.parent / "two"
+    process = start(ckpt, two, *flags, processes=2)
+    errors = process.communicate(timeout=100)[1]
+    assert process.returncode == 0, errors
+    assert (two / "samples.npz").read_bytes() == (one / "samples.npz").read_bytes()
+    assert json.loads((two / "samples.json").read_text())["processes"] == 2
+
+
+# ---- never lost ------------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_gives_the_bytes_of_an_unbroken_run(ckpt, sample):
+    flags = "--num-fid-samples", 24, "--per-proc-batch-size", 2, "--to-npz"
+    _, unbroken = sample("unbroken", *flags)
+    killed = unbroken.parent / "killed"
+    process = start(ckpt, killed, *flags)
+    wait_for_first_shard(killed, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    finished = {path: path.stat().st_mtime_ns for path in (killed / "shards").glob("*.npy")}
+    assert 0 < len(finished) < 12 and not (killed / "samples.npz").exists()
+
+    write, made = shards.atomic_file, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "atomic_file", lambda path: made.append(path) or write(path))
+        assert sample("killed", *flags)[0] == 0
+    assert len(made) == 12 - len(finished) + 1  # shards, and the .npz
+    assert (killed / "samples.npz").read_bytes() == (unbroken / "samples.npz").read_bytes()
+
+
+def test_resumes_with_another_batch_size(sample, monkeypatch):
+    flags = "--num-fid-samples", 7, "--to-npz"
+    unbroken, labels = load(sample("unbroken", *flags)[1])
+
+    write = shards.atomic_file
+
+    def full(path):
+        if "00000000-" not in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "atomic_file", full)
+        assert sample("broken", *flags, "--per-proc-batch-size", 3)[0] == 2
+    code, folder = sample("broken", *flags, "--per-proc-batch-size", 5)
+    assert code == 0
+    images, same = load(folder)
+    assert (same == labels).all() and np.abs(images.astype(int) - unbroken).max() <= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_cleanly_and_keep_what_was_finished(ckpt, tmp_path, number):
+    process = start(ckpt, tmp_path, "--num-fid-samples", 2000, "--per-proc-batch-size", 2)
+    wait_for_first_shard(tmp_path, process)
+    sent = time.monotonic()
+    process.send_signal(number)
+    errors = process.communicate(timeout=25)[1]
+    assert time.monotonic() - sent < 10
+    assert process.returncode == 128 + number
+    assert "finished batches are kept" in errors and "Traceback" not in errors
+    assert list((tmp_path / "shards").glob("*.npy")) and not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_a_contact_sheet_that_fails_costs_no_npz(sample, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("utils.images.class_names", lambda _: 1 / 0)
+        sample("run", "--num-fid-samples", 2, "--to-npz")
+    code, folder = sample("run", "--num-fid-samples", 2, "--to-npz")
+    assert code == 0 and (folder / "contact_sheet.png").exists()
+    assert json.loads((folder / "samples.json").read_text())["images_in_last_run"] == 2  # of the first run
+
+
+def maps(process):
+    return Path(f"/proc/{process.pid}/maps").read_text() if process.poll() is None else ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_in_the_first_seconds_prints_no_traceback(ckpt, tmp_path):
+    process = start(ckpt, tmp_path, "--num-fid-samples", 2000)
+    while "libtorch" not in maps(process):  # is being imported
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=25)[1]
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+
+
+def children(pid):
+    """Processes that a process has started."""
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    parents = {int(stat.split()[0]): int(stat.rpartition(")")[2].split()[1]) for stat in stats}
+    return [child for child, parent in parents.items() if parent == pid]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes end with their parent on Linux only")
+def test_when_torchrun_is_killed_its_processes_end_and_the_folder_is_free(sample, ckpt, tmp_path):
+    flags = "--num-fid-samples", 2000, "--per-proc-batch-size", 2
+    torchrun = start(ckpt, tmp_path / "run", *flags, processes=2)
+    wait_for_first_shard(tmp_path / "run", torchrun)
+    workers = children(torchrun.pid)
+    assert len(workers) == 2
+    torchrun.send_signal(signal.SIGKILL)
+    torchrun.wait()
+    end = time.monotonic() + 20
+    while (alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end:
+        time.sleep(0.1)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert not alive
+    again = start(ckpt, tmp_path / "run", *flags)
+    count = len(list((tmp_path / "run" / "shards").glob("*.npy")))
+    while len(list((tmp_path / "run" / "shards").glob("*.npy"))) <= count:  # it continues
+        assert again.poll() is None, again.stderr.read()
+        time.sleep(0.05)
+    again.kill()
+    again.communicate()
+
+
+# ---- nothing of another run, and nothing taken away ------------------------------------------------------------------
+
+
+def test_another_runs_pngs_are_not_kept_as_this_runs(sample, tmp_path, capsys):
+    assert sample("one", "--num-fid-samples", 2, "--save-images", "png")[0] == 0
+    before = (tmp_path / "png" / "000000.png").read_bytes()
+    assert sample("two", "--num-fid-samples", 2, "--global-seed", 1, "--save-images", "png")[0] == 2
+    assert "--save-images png holds images of another run (--global-seed: 0 there, 1 now)" in capsys.readouterr().err
+    assert (tmp_path / "png" / "000000.png").read_bytes() == before
+    (tmp_path / "png" / "run.json").unlink()
+    assert sample("one", "--num-fid-samples", 2, "--save-images", "png")[0] == 2
+    assert "--save-images png holds images, and no run.json" in capsys.readouterr().err
+
+
+def test_pngs_may_lie_in_the_sample_folder(sample):
+    for flags in ((), ("--to-npz",)):
+        code, folder = sample("run", "--num-fid-samples", 2, "--save-images", "run", *flags)
+        assert code == 0 and (folder / "000001.png").exists()
+
+
+def test_a_changed_shard_is_made_again(sample, capsys):
+    flags = "--num-fid-samples", 4, "--per-proc-batch-size", 2
+    _, whole = sample("whole", *flags, "--to-npz")
+    _, folder = sample("run", *flags)
+    shard = folder / "shards" / "00000002-00000004.npy"
+    shard.write_bytes(shard.read_bytes().replace(b"\x80", b"\x81", 1))
+    assert sample("run", *flags, "--to-npz")[0] == 0
+    assert "00000002-00000004.npy.rejected: damaged, or of another run" in capsys.readouterr().out
+    assert (folder / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+    assert [path.name for path in (folder / "shards").iterdir()] == ["00000002-00000004.npy.rejected"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", "another run's"])
+def test_a_foreign_or_damaged_npz_is_not_complete(sample, capsys, content):
+    _, folder = sample("run", "--num-fid-samples", 2, "--to-npz")
+    other = sample("other", "--num-fid-samples", 2, "--global-seed", 1, "--to-npz")[1] / "samples.npz"
+    whole = (folder / "samples.npz").read_bytes()
+    (folder / "samples.npz").write_bytes(other.read_bytes() if isinstance(content, str) else content)
+    capsys.readouterr()
+    assert sample("run", "--num-fid-samples", 2, "--to-npz")[0] == 2
+    assert "run/samples.npz is damaged, or this run did not make it; move it away" in capsys.readouterr().err
+    (folder / "samples.npz").unlink()
+    assert sample("run", "--num-fid-samples", 2, "--to-npz")[0] == 0
+    assert (folder / "samples.npz").read_bytes() == whole
+
+
+def test_a_foreign_shards_folder_is_left_alone(sample, tmp_path):
+    foreign = tmp_path / "run" / "shards" / "train-00000.tar", tmp_path / "run" / ".cache.tmp"
+    foreign[0].parent.mkdir(parents=True)
+    for path in foreign:
+        path.write_bytes(b"mine")
+    for _ in range(2):
+        code, folder = sample("run", "--num-fid-samples", 2, "--to-npz")
+        assert code == 0 and all(path.read_bytes() == b"mine" for path in foreign)
+        assert list((folder / "shards").iterdir()) == [foreign[0]]
+
+
+# ---- the checkpoint --------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_the_checkpoint_is_found(sample, ckpt, tmp_path, capsys):
+    content = bytearray(ckpt.read_bytes())
+    content[len(content) // 3] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    assert sample("run", "--num-fid-samples", 2, "--ckpt", tmp_path / "flipped.pt")[0] == 2
+    assert "flipped.pt: not a readable checkpoint" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_link_that_moves_on_changes_nothing(sample, ckpt, tmp_path, monkeypatch):
+    _, direct = sample("direct", "--num-fid-samples", 2, "--to-npz")
+    link = tmp_path / "last.pt"
+    link.symlink_to(ckpt)
+    other = write_checkpoint(tmp_path / "other.pt", model=checkpoint_state(stirred_nano()))
+
+    def hash_and_move(path, hash=checkpoint_file.sha256):
+        digest = hash(path)
+        link.unlink()
+        link.symlink_to(other)
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_file, "sha256", hash_and_move)
+        code, folder = sample("run", "--num-fid-samples", 2, "--to-npz", "--ckpt", link)
+    assert code == 0 and (folder / "samples.npz").read_bytes() == (direct / "samples.npz").read_bytes()
+    receipts = [json.loads((folder / "samples.json").read_text()) for folder in (direct, folder)]
+    assert receipts[0]["settings"] == receipts[1]["settings"]
+    assert receipts[1]["checkpoint"] == str(ckpt.resolve())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("precision", ["none", "bf16"])
+def test_checkpoints_of_other_dtypes_are_sampled_from_in_float32(sample, tmp_path, dtype, precision):
+    state = checkpoint_state(calm_nano())
+    other = {name: value.to(dtype) for name, value in state.items()}
+    write_checkpoint(tmp_path / "other.pt", model=other)
+    write_checkpoint(tmp_path / "float32.pt", model={name: value.float() for name, value in other.items()})
+    flags = "--num-fid-samples", 2, "--to-npz", "--mixed-precision", precision, "--ckpt"
+    images = [load(sample(name, *flags, tmp_path / f"{name}.pt")[1])[0] for name in ("other", "float32")]
+    assert (images[0] == images[1]).all()
+
+
+# ---- clear errors ----------------------------------------------------------------------------------------------------
+
+
+def test_another_setting_in_the_same_folder_is_refused_by_name(sample, capsys):
+    assert sample("run", "--num-fid-samples", 2)[0] == 0
+    code, folder = sample("run", "--num-fid-samples", 2, "--global-seed", 3, "--sampler", "ode")
+    message = capsys.readouterr().err
+    assert code == 2 and len(list((folder / "shards").iterdir())) == 1
+    assert "--global-seed: 0 there, 3 now" in message and "--sampler: sde there, ode now" in message
+    assert "--cfg-scale" not in message
+    code, folder = sample("run", "--num-fid-samples", 2, "--to-npz", "--per-proc-batch-size", 1)  # no such setting
+    assert code == 0 and load(folder)[0].shape == (2, 32, 32, 3)
+
+
+def test_a_run_without_images_gives_way(sample, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(models, "generate_tokens", lambda *_: 1 / 0)
+        sample("run", "--num-fid-samples", 2)
+    assert sample("run", "--num-fid-samples", 2, "--save-images", __file__)[0] == 2
+    code, folder = sample("run", "--num-fid-samples", 2, "--global-seed", 3)
+    assert code == 0 and json.loads((folder / "run.json").read_text())["--global-seed"] == 3
+
+
+def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
+    _, folder = sample("run", "--num-fid-samples", 2)
+    process = start(ckpt, folder.parent / "other", "--num-fid-samples", 2000, "--per-proc-batch-size", 2)
+    wait_for_first_shard(folder.parent / "other", process)
+    assert sample("other", "--num-fid-samples", 2000)[0] == 2
+    assert "in use" in capsys.readouterr().err
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--cfg-scale", "0.5"], "--cfg-scale: 0.5 must be at least 1"),
+        (["--cfg-scale", "inf"], "--cfg-scale: inf must be at least 1"),
+        (["--class-ids", "10"], "--class-ids 10 must lie in 0 to 9"),
+        (["--class-ids", "dog"], "--class-ids: dog must be numbers"),
+        (["--num-fid-samples", "0"], "--num-fid-samples: 0 must lie in [1, 10000000]"),
+        (["--per-proc-batch-size", "0"], "--per-proc-batch-size: 0 must be at least 1"),
+        (["--global-seed", "-1"], "--global-seed: -1 must lie in 0 to 2^64 - 1"),
+        (["--model", "SphereAR-B"], "--model SphereAR-B does not fit"),
+        (["--ckpt", "missing.pt"], "missing.pt: no such checkpoint"),
+        (["--ckpt", __file__], "not a readable checkpoint"),
+        (["--num-fid-samples", "99999999999"], "--num-fid-samples: 99999999999 must lie in [1, 10000000]"),
+        (["--global-seed", str(2**64)], f"--global-seed: {2**64} must lie in 0 to 2^64 - 1"),
+        (["--sample-dir", __file__], "test_sample_ddp.py"),
+    ],
+)
+def test_bad_values_are_one_clear_line(sample, capsys, flags, message):
+    code, folder = sample("run", "--num-fid-samples", 2, *flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1 and lines[0].startswith("sample_ddp.py: error: ") and message in lines[0]
+    assert not folder.exists()
+
+
+def test_an_svae_checkpoint_is_refused(sample, tmp_path, capsys):
+    vae = SphereAR(PRESETS["SphereAR-Nano"]).vae
+    torch.save({"model": checkpoint_state(vae), "config": config_to_dict(vae.config)}, tmp_path / "vae.pt")
+    assert sample("run", "--ckpt", tmp_path / "vae.pt")[0] == 2
+    assert "is an S-VAE" in capsys.readouterr().err
+
+
+def test_a_full_disk_damages_nothing(sample, monkeypatch, capsys):
+    def full(file, _):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("utils.sampling.shards.np.lib.format.write_array_header_1_0", full)
+    code, folder = sample("run", "--num-fid-samples", 2)
+    assert code == 2 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert not list((folder / "shards").iterdir())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_become_no_images(sample, monkeypatch, capsys, value):
+    def broken(*args, generate=models.generate_tokens):
+        tokens = generate(*args)
+        tokens[1, 5, 0] = value
+        return tokens
+
+    monkeypatch.setattr(models, "generate_tokens", broken)
+    code, folder = sample("run", "--num-fid-samples", 3)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1 and not list((folder / "shards").iterdir())
+    assert "nano.pt: image 1 has values that are not finite; use --mixed-precision none" in message
+
+
+def test_pixels_that_are_not_finite_become_no_images(sample, monkeypatch, capsys):
+    def broken(model, tokens, decode=models.decode):
+        for part in decode(model, tokens):
+            part[-1, 0, 3, 3] = torch.nan
+            yield part
+
+    monkeypatch.setattr(models, "decode", broken)
+    monkeypatch.setattr("models.generation.DECODE_PIXELS", {"cpu": 2 * 32 * 32})
+    code, folder = sample("run", "--num-fid-samples", 3)
+    assert code == 1 and not list((folder / "shards").iterdir())
+    assert "image 1 has values that are not finite" in capsys.readouterr().err
+
+
+# ---- faster ways to the same images ----------------------------------------------------------------------------------
+
+
+def brief(sample, folder, *flags):
+    code, folder = sample(folder, "--num-fid-samples", 5, "--per-proc-batch-size", 3, "--to-npz", *flags)
+    assert code == 0
+    return load(folder)[0].astype(int)
+
+
+def test_the_script_compiles_once_and_fills_up_the_last_batch(sample, monkeypatch):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    compiled_normals.cache_clear()
+    compiled = brief(sample, "compiled", "--compile")
+    # as in test_graphs, noise for either purpose; none for the short last batch
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7 + 2
+    assert np.abs(compiled - brief(sample, "plain", "--no-compile")).max() <= 1
+    compiled_normals.cache_clear()
+
+
+def test_a_run_keeps_to_the_linear_ways_it_chose(sample, tmp_path, monkeypatch):
+    asked, way = [], {"way": "columns"}
+    monkeypatch.setattr(few_rows, "LARGE", 0)
+    monkeypatch.setattr(few_rows, "fastest_way", lambda linears, rows: asked.append(rows) or (way["way"], {}))
+    images = brief(sample, "run")
+    assert set(asked) == {6}
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())["linear_ways"]
+    assert list(stored) == ["6"] and set(stored["6"].values()) == {"columns"}
+    (tmp_path / "run" / "samples.npz").unlink()
+    (tmp_path / "run" / "shards").mkdir()
+    run = json.loads((tmp_path / "run" / "samples.json").read_text())["settings"]
+    shards.write_shard(tmp_path / "run" / "shards", 3, images[3:].astype(np.uint8), key_of(run))  # as if killed
+    asked.clear()
+    assert (brief(sample, "run") == images).all() and not asked
+    assert np.abs(brief(sample, "plain", "--no-compile") - images).max() <= 1 and not asked
