@@ -20,6 +20,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.io import decode_jpeg
 
+from utils.files import printable
+
 MAX_PIXELS = 100_000_000  # more is a damaged header or an attack; ImageNet's largest has 61 million
 MAX_ASPECT = 100  # longer side / shorter side; beyond it the resized image would not fit in memory
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
@@ -99,7 +101,7 @@ def _decode_others(data: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError:
         raise BadImage("corrupt: not the beginning of any image format") from None
     except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
-        raise BadImage(f"corrupt or truncated: {error}") from error
+        raise BadImage(f"corrupt or truncated: {printable(str(error))[:200]}") from error
     raise BadImage(reason)
 
 

@@ -18,6 +18,7 @@ from dataset.decode import BadImage, as_pillow, decode
 from dataset.draws import crop_draws, replacement
 from dataset.tar_index import IMAGE_SUFFIXES, load_index, member_name
 from dataset.transforms import Window, center_window, crop_exact, crop_fast, random_window
+from utils.files import printable
 
 MAX_REPLACEMENTS = 16  # bad images in a row
 OURS = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors of reading that are no fault of the file's
@@ -95,9 +96,19 @@ class FolderSource:
 
     def __init__(self, path: Path):
         self.path = path
-        self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+        entries = sorted(os.scandir(path), key=lambda entry: os.fsencode(entry.name))  # the same in any locale
+        entries = [entry for entry in entries if entry.name[0] != "."]
+        self.classes = [entry.name for entry in entries if entry.is_dir()]
         if not self.classes:
-            raise ValueError(f"--data-path {path}: a folder without class folders; expected one folder per class")
+            tars = [printable(entry.name) for entry in entries if entry.name.lower().endswith(".tar")]
+            raise ValueError(
+                f"--data-path {path}: a folder without class folders; "
+                + (
+                    f"it holds tars: give the tar itself ({tars[0]}), or unpack class tars into folders"
+                    if tars
+                    else "expected one folder per class"
+                )
+            )
         names, counts = [], []
         for name in self.classes:
             files = sorted(
@@ -106,7 +117,9 @@ class FolderSource:
                 if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != "."
             )
             if not files:
-                raise ValueError(f"--data-path {path}: class folder {name} holds no images; remove or fill it")
+                raise ValueError(
+                    f"--data-path {path}: class folder {printable(name)} holds no images; remove or fill it"
+                )
             names += [os.fsencode(file) for file in files]
             counts.append(len(files))
         self.ends = np.cumsum(counts)
@@ -165,7 +178,7 @@ class ImageDataset(Dataset):
 
     def name(self, index: int) -> str:
         """CLASS/FILE of an image, for messages."""
-        return f"{self.classes[self.label(index)]}/{self.source.file_name(index)}"
+        return printable(f"{self.classes[self.label(index)]}/{self.source.file_name(index)}")
 
     def __getitem__(self, key: CropKey | int) -> Sample:
         """The image, or another one of the data set in place of a bad one, chosen by (seed, epoch, index).
@@ -222,13 +235,21 @@ def build_dataset(
 
 def open_source(data_path: str | Path, num_classes: int | None = None) -> TarSource | FolderSource:
     """The images at `data_path`; see `build_dataset` for the errors. `num_classes` None: any number of classes."""
-    path = Path(data_path).expanduser().resolve()
-    if not path.exists():
-        raise ValueError(f"--data-path {data_path}: no such file or folder")
-    source = FolderSource(path) if path.is_dir() else TarSource(path)
-    if num_classes is not None and len(source.classes) != num_classes:
+    path = Path(os.path.realpath(os.path.expanduser(data_path)))
+    try:
+        if not path.exists():
+            raise ValueError(f"--data-path {data_path}: no such file or folder")
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"--data-path {data_path}: neither a file nor a folder")
+        source = FolderSource(path) if path.is_dir() else TarSource(path)
+    except OSError as error:
         raise ValueError(
-            f"--num-classes {num_classes}, but --data-path {data_path} holds {len(source.classes)} classes "
-            f"({source.classes[0]} ... {source.classes[-1]}); set --num-classes {len(source.classes)}"
+            f"--data-path {data_path}: cannot be read: {error.strerror} ({error.filename or path})"
+        ) from None
+    if num_classes is not None and len(source.classes) != num_classes:
+        found, first, last = len(source.classes), printable(source.classes[0]), printable(source.classes[-1])
+        raise ValueError(
+            f"--num-classes {num_classes}, but --data-path {data_path} holds {found} classes ({first} ... {last}); "
+            f"set --num-classes {found}"
         )
     return source
