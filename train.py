@@ -4,37 +4,30 @@ One loop serves both stages. Every random number is addressed by (seed, image, s
 an interrupted run continues from --results-dir as if it had never stopped.
 """
 
+import sys
+
+if __name__ == "__main__":
+    from utils.early import end_when_told
+
+    end_when_told()
+
 import argparse
 import copy
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
-from dataset import Sample, build_dataset, train_loader
-from models import (
-    PRESETS,
-    SVAE,
-    SamplingSettings,
-    SphereAR,
-    SphereARConfig,
-    SVAEConfig,
-    checkpoint_state,
-    config_from_dict,
-    config_to_dict,
-    decode,
-    from_checkpoint,
-    generate_tokens,
-    load_state,
-    own_names,
-)
+from dataset import ImageDataset, Sample, build_dataset, train_loader
+from models import PRESETS, SVAE, SphereAR, SphereARConfig, SVAEConfig
+from models.checkpoint import checkpoint_state, config_from_dict, config_to_dict, from_checkpoint, load_state, own_names
 from models.discriminator import Adversary, PatchDiscriminator
+from models.generation import SamplingSettings, decode, generate_tokens
 from models.losses import adversarial_loss, adversarial_weight, reconstruction_loss
 from models.lpips import LPIPS, vgg_weights
 from models.posteriors import POSTERIORS, Draws
@@ -51,7 +44,8 @@ from utils.training.optim import learning_rate, load_optimizer, set_lr
 from utils.training.options import ar_config, check_run, check_same_run, parse_args, svae_config
 from utils.training.players import Player, make_player
 from utils.training.preemption import Preemption
-from utils.training.tracker import Progress, Tracker
+from utils.training.report import stop, stop_if_broken
+from utils.training.tracker import Progress, Tracker, add_to
 
 NUM_PREVIEWS = 16
 NUM_MEASURED, MEASURED_AT_ONCE = 8192, 64  # images for the scale of flat latents, over all processes
@@ -59,11 +53,14 @@ PREVIEW_SETTINGS = SamplingSettings(cfg_scale=3.0, num_sampling_steps=50)
 
 
 def load_svae(path: str) -> SVAE:
-    """The S-VAE in a checkpoint, ours or published, alone or inside an AR model."""
+    """The S-VAE in a checkpoint, ours or published, alone or inside an AR model; every byte of it is verified."""
     try:
-        model = checkpoint_file.load(path, from_checkpoint)
+        file = distributed.from_main(lambda: checkpoint_file.examine(path))
+        with distributed.all_or_none():
+            model = checkpoint_file.load_examined(file, from_checkpoint)
     except ValueError as error:
-        raise ValueError(f"--trained-vae {error}; train one with --vae-only, or name its file") from error
+        error.args = (f"--trained-vae {error}; train one with --vae-only, or name its file",)
+        raise
     return model if isinstance(model, SVAE) else model.vae
 
 
@@ -94,6 +91,10 @@ class Stage:
         """Update every player's weights where its gradient is finite; the gradients' norms, by log name."""
         return {f"{player.prefix}grad_norm": player.update(self.args.max_grad_norm) for player in self.players}
 
+    def has_finite_weights(self) -> bool:
+        """Waits for the device."""
+        return all(player.has_finite_weights() for player in self.players)
+
     def images(self, batch: Sample) -> Tensor:
         """Images of a batch on the device, float in [-1, 1]."""
         return to_float(batch.image.to(self.device, non_blocking=True).to(memory_format=self.memory_format))
@@ -104,19 +105,13 @@ class Stage:
     def check_continues(self, state: dict) -> None:
         """Raises ValueError where the checkpoint `state` cannot be continued in this stage."""
 
-    def finish(self, averaged: nn.Module, data: Dataset, step: int, report: Callable[[str], None]) -> None:
+    def finish(self, averaged: nn.Module, data: ImageDataset, step: int, report: Callable[[str], None]) -> None:
         """What is left to do after the last update and before it is saved."""
 
 
 def posterior_draws(svae: SVAE, draws: StepDraws) -> Draws:
     config = svae.config
     return Draws(*draws.posterior(config.num_tokens, *POSTERIORS[config.posterior].num_draws(config.latent_dim)))
-
-
-def add_to(totals: dict[str, Tensor], share: float, **values: Tensor) -> None:
-    for name, value in values.items():
-        value = value.detach() * share
-        totals[name] = totals[name] + value if name in totals else value
 
 
 class SVAEStage(Stage):
@@ -160,8 +155,7 @@ class SVAEStage(Stage):
                     self.adversary.backward(share * weight * loss)
                 add_to(totals, share, discriminator_loss=loss)
         if self.discriminator is not None and weight == 0:  # as in the recipe: until its start it only decays
-            for parameter in self.discriminator.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+            self.adversary.backward_of_nothing()
         return totals
 
     def objective(
@@ -185,7 +179,7 @@ class SVAEStage(Stage):
         images = self.images(batch)[:NUM_PREVIEWS]
         return torch.cat([images, averaged.decode(averaged.to_tokens(averaged.encode(images).mode())).float()])
 
-    def finish(self, averaged: SVAE, data: Dataset, step: int, report: Callable[[str], None]) -> None:
+    def finish(self, averaged: SVAE, data: ImageDataset, step: int, report: Callable[[str], None]) -> None:
         """Measure the shift and scale of flat latents, which the AR model will need."""
         if not averaged.config.is_flat:
             return
@@ -301,6 +295,7 @@ def restore(checkpoints: CheckpointFolder, stage: Stage, entries: dict[str, Entr
         stage.check_continues(state)
         for name, entry in entries.items():
             entry.read(state[name])
+    distributed.from_main(lambda: checkpoints.continue_from(path))
     for note in notes:
         distributed.print0(note)
 
@@ -318,23 +313,22 @@ def averaged(stage: Stage, ema: EMA | None) -> Iterator[nn.Module]:
         yield model
 
 
-def stop_if_broken(tracker: Tracker, checkpoints: CheckpointFolder, limit: int) -> bool:
-    """Whether the newest update was skipped. Raises FloatingPointError after `limit` of them in a row."""
-    skipped = tracker.count_skipped()
-    if skipped >= limit:
-        checkpoints.wait()
-        last = checkpoints.good[-1] if checkpoints.good else "none"
-        with distributed.all_or_none():
-            raise FloatingPointError(
-                f"{skipped} updates in a row were not finite (--max-skipped-steps {limit}); stopped. Last checkpoint, "
-                f"from before them: {last}. The same command with a lower --lr or --mixed-precision none continues "
-                "from it"
-            )
-    return skipped > 0
+def build(args: argparse.Namespace, device: torch.device) -> tuple[Stage, ImageDataset]:
+    """The stage and the data that the flags ask for. An error of one process is raised on all."""
+    vae = None if args.vae_only else load_svae(args.trained_vae)
+    with distributed.all_or_none():
+        preset = PRESETS[args.model]
+        config = svae_config(args, preset.svae) if vae is None else ar_config(args, preset, vae.config)
+        data = build_dataset(
+            args.data_path, (config if vae is None else config.svae).image_size,
+            num_classes=preset.num_classes if args.num_classes is None else args.num_classes,
+            seed=args.global_seed, flip=not args.no_flip,
+        )  # fmt: skip
+    return SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, device), data
 
 
-def train(args: argparse.Namespace) -> int:
-    """Train as `args` say; the exit code."""
+def train(args: argparse.Namespace, stack: ExitStack) -> int:
+    """Train as the flags say, and close the stack; the exit code."""
     device = distributed.init()
     is_cuda = device.type == "cuda"
     args.world_size = distributed.world_size()
@@ -343,41 +337,23 @@ def train(args: argparse.Namespace) -> int:
     script.allow_tf32(products=is_cuda, convolutions=is_cuda)
     torch.manual_seed(args.global_seed)
 
-    results = Path(args.results_dir)
-    checkpoints = CheckpointFolder(results / "checkpoints", report=warn)
-    distributed.from_main(checkpoints.clean)
-    with distributed.all_or_none():
-        vae = None if args.vae_only else load_svae(args.trained_vae)
-        preset = PRESETS[args.model]
-        config = svae_config(args, preset.svae) if vae is None else ar_config(args, preset, vae.config)
-        data = build_dataset(
-            args.data_path, (config if vae is None else config.svae).image_size,
-            num_classes=preset.num_classes if args.num_classes is None else args.num_classes,
-            seed=args.global_seed, flip=not args.no_flip,
-        )  # fmt: skip
-        steps_per_epoch = len(data) // args.global_batch_size
-        progress = Progress(check_run(args, steps_per_epoch), steps_per_epoch)
+    checkpoints = CheckpointFolder(Path(args.results_dir, "checkpoints"), report=script.warn)
+    distributed.from_main(lambda: checkpoints.open(stack))
+    stage, data = build(args, device)
     args.num_pictures = len(data)  # the name that it has in checkpoints
-    batch_size = args.global_batch_size // (args.world_size * args.grad_accum_steps)
-    stage = SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, device)
+    steps_per_epoch = len(data) // args.global_batch_size
+    progress = Progress(check_run(args, steps_per_epoch), steps_per_epoch)
     ema = EMA(stage.model.named_parameters(), args.ema) if args.ema > 0 else None
     entries = checkpoint_entries(stage, ema, progress, args)
     restore(checkpoints, stage, entries, args)
 
+    batch_size = args.global_batch_size // (args.world_size * args.grad_accum_steps)
     loader = train_loader(
         data, global_batch_size=args.global_batch_size, batch_size=batch_size, seed=args.global_seed,
         start_step=progress.step, num_steps=progress.total_steps, rank=distributed.rank(), world_size=args.world_size,
-        num_workers=args.num_workers, aug_decay_start=args.aug_decay_start_epoch,
-        aug_decay_end=args.aug_decay_end_epoch, max_bad_share=args.max_bad_share, pin_memory=is_cuda, report=warn,
+        num_workers=args.num_workers, aug_decay_start=args.aug_decay_start_epoch, pin_memory=is_cuda,
+        aug_decay_end=args.aug_decay_end_epoch, max_bad_share=args.max_bad_share, report=script.warn,
     )  # fmt: skip
-    tracker = Tracker(results, progress, args.global_batch_size)
-    trainable = sum(weight.numel() for weight in stage.players[0].weights)
-    tracker.print(
-        f"{args.model} {'S-VAE' if vae is None else 'AR'}, {trainable:,} trainable parameters, precision "
-        f"{args.mixed_precision}; {len(data):,} images, {steps_per_epoch} steps per epoch; {progress.step} of "
-        f"{progress.total_steps} steps done; batch {args.global_batch_size} = {args.world_size} processes "
-        f"({device.type}) x {args.grad_accum_steps} parts x {batch_size}"
-    )
     schedule = partial(
         learning_rate, lr=args.lr, min_lr=args.min_lr, warmup_steps=args.warmup_steps, decay_start=args.decay_start,
         total_steps=progress.total_steps,
@@ -386,53 +362,62 @@ def train(args: argparse.Namespace) -> int:
     def save(kept_epoch: int | None = None) -> None:
         checkpoints.save({name: entry.write() for name, entry in entries.items()}, progress.step, kept_epoch)
 
-    with (
-        Preemption(rescue=lambda: save() or checkpoints.wait()) as preemption,
-        tracker, checkpoints, closing(iter(loader)) as parts,
-    ):  # fmt: skip
-        stopped = False
-        while not progress.is_done and not stopped:
-            batches = [next(parts) for _ in range(loader.batches_per_step)]
-            lr = schedule(progress.step)
-            set_lr((player.optimizer for player in stage.players), lr)
-            losses = stage.backward(batches, progress.step)
-            with preemption.updating:  # a checkpoint is taken before or after, never within
-                norms = stage.update()
-                if ema is not None:
-                    ema.update()
-                progress.step += 1
-            finite = torch.stack(list(norms.values())).isfinite().all()
-            tracker.add(losses | norms, finite=finite, indices=torch.cat([batch.index for batch in batches]))
+    def rescue() -> None:
+        if stage.has_finite_weights():
+            save()
+            checkpoints.wait()
 
-            stopped = preemption.requested()
-            step, ends_epoch, is_end = progress.step, progress.step_in_epoch == 0, progress.is_done or stopped
-            if step % args.log_every == 0 or is_end:
-                stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
-                tracker.log(lr)
-            if args.sample_every and step % args.sample_every == 0 and distributed.is_main():
-                with averaged(stage, ema) as model:
-                    tracker.image("images", stage.preview(model, batches[0]))
-            if progress.is_done:
-                with averaged(stage, ema) as model:
-                    stage.finish(model, data, step, tracker.print)
-            if step % args.save_every == 0 or ends_epoch or is_end:
-                skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
-                kept = ends_epoch and progress.epoch % args.keep_freq == 0
-                if distributed.is_main() and (is_end or kept or not skipping):
-                    save(progress.epoch if kept else None)
+    preemption = stack.enter_context(Preemption(rescue))
+    tracker = stack.enter_context(Tracker(Path(args.results_dir), progress, args.global_batch_size, report=script.warn))
+    stack.enter_context(checkpoints)
+    parts = stack.enter_context(closing(iter(loader)))
+    trainable = sum(weight.numel() for weight in stage.players[0].weights)
+    tracker.print(
+        f"{args.model} {'S-VAE' if args.vae_only else 'AR'}, {trainable:,} trainable parameters, precision "
+        f"{args.mixed_precision}; {len(data):,} images, {steps_per_epoch} steps per epoch; {progress.step} of "
+        f"{progress.total_steps} steps done; batch {args.global_batch_size} = {args.world_size} processes "
+        f"({device.type}) x {args.grad_accum_steps} parts x {batch_size}"
+    )
+    stopped = False
+    while not progress.is_done and not stopped:
+        batches = [next(parts) for _ in range(loader.batches_per_step)]
+        lr = schedule(progress.step)
+        set_lr((player.optimizer for player in stage.players), lr)
+        losses = stage.backward(batches, progress.step)
+        with preemption.updating:  # a checkpoint is taken before or after, never within
+            norms = stage.update()
+            if ema is not None:
+                ema.update()
+            progress.step += 1
+        finite = torch.stack(list(norms.values())).isfinite().all()
+        tracker.add(losses | norms, finite=finite, indices=torch.cat([batch.index for batch in batches]))
 
-        saved = checkpoints.wait()
-        if stopped:
-            newest = (
-                f"step {progress.step}" if saved else checkpoints.good[-1].name if checkpoints.good else "the start"
-            )
-            tracker.print(f"stopped by a signal after step {progress.step}; the same command continues from {newest}")
+        stopped = preemption.requested()
+        step, ends_epoch, is_end = progress.step, progress.step_in_epoch == 0, progress.is_done or stopped
+        if step % args.log_every == 0 or is_end:
+            stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
+            tracker.log(lr)
+        if args.sample_every and step % args.sample_every == 0 and distributed.is_main():
+            with averaged(stage, ema) as model:
+                tracker.image("images", stage.preview(model, batches[0]))
+        if progress.is_done:
+            with averaged(stage, ema) as model:
+                stage.finish(model, data, step, tracker.print)
+        if step % args.save_every == 0 or ends_epoch or is_end:
+            skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
+            if not stage.has_finite_weights():
+                stop(checkpoints, f"weights are not finite after step {step}, though their gradients were")
+            kept = ends_epoch and progress.epoch % args.keep_freq == 0
+            if distributed.is_main() and (is_end or kept or not skipping):
+                save(progress.epoch if kept else None)
+
+    saved = checkpoints.wait()
+    if stopped:
+        newest = f"step {progress.step}" if saved else checkpoints.good[-1].name if checkpoints.good else "the start"
+        tracker.print(f"stopped by a signal after step {progress.step}; the same command continues from {newest}")
+    stack.close()
     distributed.barrier()
     return preemption.exit_code if stopped else script.DONE if saved else script.FAILED
-
-
-def warn(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -440,8 +425,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    def body(args: argparse.Namespace) -> int:
+        with ExitStack() as stack:
+            return train(args, stack)
+
     return script.run(
-        "train.py", parse, train, argv,
+        "train.py", parse, body, argv,
         when_stopped="the same command continues from the last checkpoint, if there is one",
         out_of_memory="Raise --grad-accum-steps (same update, less memory), or add --grad-checkpointing.",
     )  # fmt: skip

@@ -7,11 +7,12 @@ import argparse
 import sys
 from collections import Counter
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataset.decode import BadImage, decode_exact
 from dataset.imagenet import ImageDataset, open_source
+from dataset.loader import read_batches
 
 
 class _Facts(Dataset):
@@ -40,12 +41,13 @@ def check(data_path: str, num_classes: int | None = None, num_workers: int = 0) 
         return 2
     dataset = ImageDataset(source, image_size=1, seed=0)
     sizes, bad = [], []
-    facts = DataLoader(_Facts(source), batch_size=None, num_workers=num_workers)
-    for index, (width, height, reason) in enumerate(tqdm(facts, unit="images", disable=None)):
+    one_by_one = [[index] for index in range(len(source))]
+    facts = tqdm(read_batches(_Facts(source), one_by_one, num_workers), total=len(source), unit="images", disable=None)
+    for index, ((width,), (height,), (reason,)) in enumerate(facts):
         if reason:
             bad.append(f"{dataset.name(index)}: {reason}")
         else:
-            sizes.append((width, height))
+            sizes.append((int(width), int(height)))
     counts = Counter(dataset.label(index) for index in range(len(dataset)))
     print(f"{data_path}: {len(source)} images of {len(source.classes)} classes")
     print(f"images per class: {min(counts.values())} to {max(counts.values())}")

@@ -1,10 +1,18 @@
 """Bytes of an image file -> pixels; what is not a plain 8-bit RGB or grey image raises BadImage.
 
 Pillow is the arbiter of what is bad: the fast decoder hands everything that is not an ordinary JPEG, or that it cannot
-decode, over to it. (Of 127,000 randomly damaged JPEGs the two disagreed about two.)
+decode, over to it. (Of 127,000 randomly damaged JPEGs the two disagreed about two.) A JPEG is damaged, too, where
+libjpeg decodes it but warns: its data end early, go on too long or are no Huffman code. Such images are partly grey or
+shifted. JPEGs carry no checksums, so what still decodes to the end cannot be told from a good one.
 """
 
 import io
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,6 +22,8 @@ from torchvision.io import decode_jpeg
 MAX_PIXELS = 100_000_000  # more is a damaged header or an attack; ImageNet's largest has 61 million
 MAX_ASPECT = 100  # longer side / shorter side; beyond it the resized image would not fit in memory
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+DAMAGE = re.compile(rb"(?:Corrupt JPEG data: |(?=Premature end of JPEG))(.*)\n")  # libjpeg's warnings about that
+ONE_AT_A_TIME = threading.Lock()  # there is only one stderr
 
 
 class BadImage(ValueError):
@@ -23,7 +33,7 @@ class BadImage(ValueError):
 def decode_exact(data: bytes, name: str = "") -> Image.Image:
     """The image as a loaded Pillow image of mode RGB; `name` tells which format it promises to be.
 
-    Raises BadImage: empty, corrupt, truncated, not 8-bit RGB or grey, another format than its name says, too large.
+    Raises BadImage: empty, corrupt, truncated, damaged, not 8-bit RGB or grey, not the format of its name, too large.
     """
     if not data:
         raise BadImage("empty")
@@ -40,6 +50,9 @@ def decode_exact(data: bytes, name: str = "") -> Image.Image:
         raise BadImage(f"corrupt or truncated: {error}") from error
     if reason is not None:
         raise BadImage(reason)
+    if _is_ordinary_jpeg(data):
+        with suppress(RuntimeError):  # Pillow is content
+            _decode_jpeg(data)  # for libjpeg's warnings: Pillow keeps them to itself
     return image
 
 
@@ -47,10 +60,45 @@ def decode_fast(data: bytes, name: str = "") -> torch.Tensor:
     """The same pixels as a uint8 tensor (3 or 1, H, W), by libjpeg-turbo. Raises BadImage as `decode_exact`."""
     if _is_ordinary_jpeg(data):
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            return _decode_jpeg(data)
         except RuntimeError:
             pass  # Pillow, below, says what is wrong with it
     return torch.from_numpy(np.array(decode_exact(data, name))).permute(2, 0, 1)
+
+
+def _decode_jpeg(data: bytes) -> torch.Tensor:
+    """Pixels of an ordinary JPEG. BadImage where libjpeg warns of damage, RuntimeError where it gives up."""
+    with _caught_stderr() as said:
+        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if damage := DAMAGE.search(said):
+        raise BadImage(f"damaged: {damage[1].decode()}")
+    return pixels
+
+
+@contextmanager
+def _caught_stderr() -> Iterator[bytearray]:
+    """What libjpeg writes to stderr inside the block; what other threads write meanwhile is passed on after it."""
+    said = bytearray()
+    with ONE_AT_A_TIME:
+        reader, writer = _pipe(os.getpid())
+        stderr = os.dup(2)
+        os.dup2(writer, 2)
+        try:
+            yield said
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            with suppress(BlockingIOError):  # nothing was written: the usual case
+                said += os.read(reader, 1 << 16)
+                os.write(2, DAMAGE.sub(b"", said))
+
+
+@cache
+def _pipe(process: int) -> tuple[int, int]:
+    """A pipe of this process: a forked worker must not read its siblings' warnings."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    return reader, writer
 
 
 def _unwanted(image: Image.Image, data: bytes, name: str) -> str | None:

@@ -4,7 +4,9 @@
 `data[index]` is an evaluation image: exact centre crop, no flip.
 """
 
+import errno
 import os
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from dataset.tar_index import IMAGE_SUFFIXES, load_index, member_name
 from dataset.transforms import Window, center_window, crop_exact, crop_fast, random_window
 
 MAX_REPLACEMENTS = 16  # bad images in a row
+OURS = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors of reading that are no fault of the file's
 
 
 class CropKey(NamedTuple):
@@ -66,14 +69,26 @@ class TarSource:
         return len(self.offsets)
 
     def read(self, index: int) -> bytes:
+        """The bytes of an image's file. BadImage where the disk cannot read them, OSError where the tar has changed."""
         size = int(self.sizes[index])
-        data = os.pread(self._fd, size, int(self.offsets[index]))
+        try:
+            data = os.pread(self._fd, size, int(self.offsets[index]))
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
+            raise BadImage(f"cannot be read: {error.strerror}") from None
         if len(data) != size:
-            raise OSError(f"{self.path} was cut while in use: image {index} has {len(data)} of {size} bytes")
+            raise OSError(
+                f"{self.path} was cut while in use: image {index} has {len(data)} of {size} bytes; copy it again"
+            )
         return data
 
     def file_name(self, index: int) -> str:
-        return member_name(self._fd, int(self.offsets[index]))
+        offset = int(self.offsets[index])
+        try:
+            return member_name(self._fd, offset)
+        except OSError:  # where the image cannot be read, nor can its name
+            return f"at byte {offset}"
 
 
 class FolderSource:
@@ -103,11 +118,28 @@ class FolderSource:
         return int(self.ends[-1])
 
     def read(self, index: int) -> bytes:
+        """The bytes of an image's file. BadImage where it cannot be read, OSError where its class folder is gone."""
         label = int(np.searchsorted(self.ends, index, side="right"))
-        return (self.path / self.classes[label] / self.file_name(index)).read_bytes()
+        path = self.path / self.classes[label] / self.file_name(index)
+        try:
+            with open(path, "rb", opener=_open_at_once) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise BadImage("no regular file")
+                return file.read()
+        except OSError as error:
+            if error.errno in OURS:
+                raise
+            if not path.parent.is_dir():
+                raise OSError(f"the class folder {path.parent} has gone while in use; put it back") from None
+            raise BadImage(f"cannot be read: {error.strerror}") from None
 
     def file_name(self, index: int) -> str:
         return os.fsdecode(self._names[self._name_ends[index] : self._name_ends[index + 1]])
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens also a FIFO without waiting for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class ImageDataset(Dataset):

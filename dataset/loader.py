@@ -1,18 +1,24 @@
-"""The order of training: which images each process sees at which step, from any step on.
+"""The order of training: which images each process sees at which step, from any step on; and the worker processes.
 
 The global batch of a step is a slice of the permutation of (seed, epoch); each process takes its contiguous share.
 Nothing depends on the number of workers, and the global order on nothing but (seed, step).
 """
 
+import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dataset.draws import epoch_order
 from dataset.imagenet import CropKey, ImageDataset, Sample
+
+PREFETCH_BATCHES = 4  # per worker
+WORKER_DIED = "DataLoader worker (pid", "Pin memory thread exited"  # how torch's RuntimeErrors about that begin
 
 
 def crop_probability(epoch: int, decay_start: int, decay_end: int) -> float:
@@ -22,32 +28,33 @@ def crop_probability(epoch: int, decay_start: int, decay_end: int) -> float:
     return 1.0 if epoch < decay_start else (decay_end - epoch) / (decay_end - decay_start)
 
 
+@dataclass
 class TrainLoader:
     """Iterates over the micro-batches (Samples of batches) of one process; make it with `train_loader`."""
 
-    def __init__(
-        self,
-        batches: DataLoader,
-        steps_per_epoch: int,
-        batches_per_step: int,
-        start_step: int,
-        max_bad_share: float,
-        report: Callable[[str], None],
-    ):
-        self._batches = batches
-        self.steps_per_epoch = steps_per_epoch
-        self.batches_per_step = batches_per_step
-        self.start_step = start_step
-        self.max_bad_share = max_bad_share
-        self.report = report
-        self.num_replaced = 0  # images, since the start of this process
-        self._named: set[str] = set()
+    dataset: ImageDataset
+    sampler: "_StepSampler"
+    max_bad_share: float
+    num_workers: int
+    pin_memory: bool
+    report: Callable[[str], None]
+    num_replaced: int = 0  # images, since the start of this process
+    _named: set[str] = field(default_factory=set)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps_per_epoch
+
+    @property
+    def batches_per_step(self) -> int:
+        return self.sampler.share // self.sampler.batch_size
 
     def __iter__(self) -> Iterator[Sample]:
+        batches = read_batches(self.dataset, self.sampler, self.num_workers, self.pin_memory)
         batches_per_epoch = self.steps_per_epoch * self.batches_per_step
-        allowed = max(1, int(self.max_bad_share * batches_per_epoch * self._batches.batch_sampler.batch_size))
+        allowed = max(1, int(self.max_bad_share * batches_per_epoch * self.sampler.batch_size))
         bad_in_epoch = 0
-        for number, batch in enumerate(self._batches, self.start_step * self.batches_per_step):
+        for number, batch in enumerate(batches, self.sampler.steps.start * self.batches_per_step):
             if number % batches_per_epoch == 0:
                 bad_in_epoch = 0
             for text in filter(None, batch.bad):
@@ -77,14 +84,14 @@ class _StepSampler:
     share: int
     aug_decay: tuple[int, int]
 
-    def __len__(self) -> int:
-        return len(self.steps) * self.share // self.batch_size
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.dataset) // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[CropKey]]:
-        steps_per_epoch = len(self.dataset) // self.global_batch_size
         current = None
         for step in self.steps:
-            epoch, step_in_epoch = divmod(step, steps_per_epoch)
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 current, order = epoch, epoch_order(self.seed, epoch, len(self.dataset))
                 probability = crop_probability(epoch, *self.aug_decay)
@@ -134,26 +141,92 @@ def train_loader(
         share,
         (aug_decay_start, aug_decay_end),
     )
-    batches = DataLoader(
-        dataset,
-        batch_sampler=sampler,
+    return TrainLoader(dataset, sampler, max_bad_share, num_workers, pin_memory, report)
+
+
+# ---- worker processes --------------------------------------------------------------------------------------------
+
+
+def read_batches(
+    dataset: Dataset, batches_of_keys: Iterable[list], num_workers: int, pin_memory: bool = False
+) -> Iterator:
+    """The collated batch of dataset[key] for each list of keys, in order, read by `num_workers` processes beside us.
+
+    An error in a worker is raised here as it was raised there. OSError when a worker was killed.
+    """
+    loader = DataLoader(
+        _Batches(dataset),
+        sampler=batches_of_keys,
+        batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_obey_only_the_parent,
         generator=torch.Generator(),  # else starting to iterate takes a draw from the trainer's stream
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=PREFETCH_BATCHES if num_workers else None,
     )
-    return TrainLoader(
-        batches,
-        len(dataset) // global_batch_size,
-        share // batch_size,
-        start_step,
-        max_bad_share,
-        report,
-    )
+    batches = _iterate(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith(WORKER_DIED):
+                raise
+            raise OSError(
+                f"--num-workers {num_workers}: a process that loads images was killed, mostly for want of memory; "
+                f"start again, with fewer of them if so ({error})"
+            ) from None
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SLURM signal the whole group: the trainer still needs batches until its checkpoint is written."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+@dataclass
+class _Batches(Dataset):
+    """Batches by their keys. Errors are values here: torch would bring a raised one as the text of a traceback."""
+
+    dataset: Dataset
+
+    def __getitem__(self, keys: list) -> object:
+        try:
+            return default_collate([self.dataset[key] for key in keys])
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+def _iterate(loader: DataLoader) -> Iterator:
+    """iter(loader), without torch's SIGCHLD handler: it would raise a worker's death in the midst of an update.
+
+    Without it a death is noticed within seconds where a batch is waited for.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
+def _obey_only_the_parent(worker: int) -> None:
+    """A worker's signals: SIGTERM counts when its parent sends it; when the parent is gone, the worker goes too.
+
+    Ctrl-C and SLURM signal the whole group, and the trainer still needs batches until its checkpoint is written.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # not on macOS: there any SIGTERM ends a worker, and torch looks for the parent
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if received is not None and received.si_pid == multiprocessing.parent_process().pid:
+            break
+    os._exit(0)

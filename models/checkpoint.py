@@ -3,7 +3,7 @@
 A checkpoint is a dict with `model` (and perhaps `ema`): state dicts under the released names, `vae.*` for the S-VAE.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from models.spherear import SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig
 
 Config = SVAEConfig | SphereARConfig
+MAX_SIZE = 2**20  # of a whole number in a config
 
 
 def config_to_dict(config: Config) -> dict:
@@ -20,15 +21,33 @@ def config_to_dict(config: Config) -> dict:
 
 
 def config_from_dict(values: dict) -> Config:
-    """The config that `config_to_dict` wrote. Raises ValueError for unknown or missing fields."""
-    values = dict(values)
+    """The config that `config_to_dict` wrote. Raises ValueError for unknown or missing fields, and wrong values."""
+    if not isinstance(values, dict):
+        raise ValueError(f"not a SphereAR or S-VAE config: {str(values)[:80]}")
     try:
+        values = dict(values)
         svae = values.pop("svae", None)
         if svae is None:
-            return SVAEConfig(**{**values, "stem_channels": tuple(values["stem_channels"])})
-        return SphereARConfig(svae=config_from_dict(svae), **values)
+            return _checked(SVAEConfig, {**values, "stem_channels": tuple(values["stem_channels"])})
+        return _checked(SphereARConfig, {**values, "svae": config_from_dict(svae)})
     except (TypeError, KeyError) as error:
         raise ValueError(f"not a SphereAR or S-VAE config: {error}") from error
+
+
+def _checked(kind: type[Config], values: dict) -> Config:
+    """A config of values that have its fields' types, its whole numbers in 1 to MAX_SIZE."""
+    for field in fields(kind):
+        value = values.get(field.name, field.default)
+        parts = value if isinstance(value, tuple) else (value,)
+        if field.type in (int, tuple[int, ...]):
+            is_right = all(type(part) is int and 1 <= part <= MAX_SIZE for part in parts)
+        elif field.type in (float, float | None):
+            is_right = type(value) in (int, float) or (value is None and field.type is not float)
+        else:
+            is_right = isinstance(value, field.type)
+        if not is_right and field.name in values:
+            raise ValueError(f"not a SphereAR or S-VAE config: {field.name} is {str(value)[:80]}")
+    return kind(**values)
 
 
 def build(config: Config) -> SphereAR | SVAE:
@@ -50,8 +69,20 @@ def own_names(model: SphereAR | SVAE, state: dict[str, Tensor]) -> dict[str, Ten
 
 
 def load_state(model: SphereAR | SVAE, state: dict[str, Tensor], assign: bool = False) -> None:
-    """Load a state dict of released names, strictly; `assign` takes its tensors instead of copying them."""
-    model.load_state_dict(own_names(model, state), strict=True, assign=assign)
+    """Load a state dict of released names, strictly; `assign` takes its tensors instead of copying them.
+
+    Raises ValueError where names or shapes are not the model's.
+    """
+    own, state = model.state_dict(), own_names(model, state)
+    wrong = {
+        "missing": own.keys() - state.keys(),
+        "unknown": state.keys() - own.keys(),
+        "of another shape": {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape},
+    }
+    if any(wrong.values()):
+        told = "; ".join(f"{len(names)} {what} ({min(names)})" for what, names in wrong.items() if names)
+        raise ValueError(f"the weights do not fit the architecture: {told}")
+    model.load_state_dict(state, strict=True, assign=assign)
 
 
 def infer_config(state: dict[str, Tensor]) -> Config:
@@ -108,15 +139,28 @@ def from_checkpoint(checkpoint: dict, ema: bool = True) -> SphereAR | SVAE:
     """The model in a checkpoint, on the CPU, in eval mode; EMA weights if it has any and `ema` is set.
 
     Ours carry their config; published ones are recognised from their shapes. The model's weights are copies. Raises
-    ValueError for a checkpoint of another kind.
+    ValueError for a checkpoint of another kind. Weights of other float types become float32.
     """
     state = (checkpoint.get("ema") if ema else None) or checkpoint["model"]
-    state = {name.removeprefix("module.").removeprefix("_orig_mod."): value.clone() for name, value in state.items()}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_complex():
+            raise ValueError(f"the weights are not SphereAR's or an S-VAE's: {str(name)[:80]} is no plain tensor")
+        if not value.is_floating_point():
+            raise ValueError(f"the weights are not SphereAR's or an S-VAE's: {str(name)[:80]} is {value.dtype}")
+    state = {
+        name.removeprefix("module.").removeprefix("_orig_mod."): value.to(torch.float32, copy=True)
+        for name, value in state.items()
+    }
     config = config_from_dict(checkpoint["config"]) if "config" in checkpoint else infer_config(state)
+    if max(_layers(config)) > len(state):  # before they are all made
+        raise ValueError(f"the config has {max(_layers(config))} layers, the weights are {len(state)} tensors")
     with torch.device("meta"):
         model = build(config)
-    try:
-        load_state(model, state, assign=True)
-    except RuntimeError as error:
-        raise ValueError(error) from error
+    load_state(model, state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _layers(config: Config) -> list[int]:
+    own = [config.num_layers, config.head_blocks] if isinstance(config, SphereARConfig) else []
+    svae = config.svae if isinstance(config, SphereARConfig) else config
+    return [*own, svae.encoder_layers, svae.decoder_layers]

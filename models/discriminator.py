@@ -13,7 +13,8 @@ class PatchDiscriminator(nn.Module):
     """Images (B, 3, S, S) in [-1, 1] -> logits (B, 1, s, s); s = 30 at S = 256. Needs S >= 24.
 
     The norms always use the statistics of their batch (the discriminator exists only in training), so no running ones
-    are kept. Initialised N(0, 0.02) as in pix2pix: the norms' gains around 1, biases 0.
+    are kept. Initialised N(0, 0.02) as in pix2pix: the norms' gains around 1, their biases 0; the convolutions' biases
+    keep PyTorch's default, as in the released code.
     """
 
     def __init__(self):
@@ -31,7 +32,6 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
-            if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

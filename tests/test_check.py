@@ -19,7 +19,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """7 bad images among 63."""
+    """8 bad images among 64."""
     classes = small_classes(classes=2, images=28)
     for kind, (content, _) in bad_images().items():
         classes["n00000000"][f"{kind}.JPEG"] = content
@@ -29,7 +29,7 @@ def damaged(tmp_path):
 def test_check_says_what_is_there(damaged, tmp_path, capsys):
     assert check(damaged) == 1
     out = capsys.readouterr().out
-    assert "63 images of 2 classes" in out and "per class: 28 to 35" in out and "bad images: 7 (11.111%)" in out
+    assert "64 images of 2 classes" in out and "per class: 28 to 36" in out and "bad images: 8 (12.500%)" in out
     for kind, (_, says) in bad_images().items():
         assert any(f"n00000000/{kind}.JPEG" in line and says in line for line in out.splitlines())
     assert check(damaged, num_classes=7) == 2 and "--num-classes 7" in capsys.readouterr().out

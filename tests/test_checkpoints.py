@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,13 @@ def folder(tmp_path):
     reports = []
     made = CheckpointFolder(tmp_path / "checkpoints", reports.append)
     made.reports = reports
-    made.clean()
+    clean(made)
     return made
+
+
+def clean(folder: CheckpointFolder) -> None:
+    with ExitStack() as stack:
+        folder.open(stack)
 
 
 def names(folder: CheckpointFolder) -> set[str]:
@@ -70,6 +76,7 @@ def test_truncated_newest_is_skipped(folder, share):
     path = folder.newest_good()
     assert path.name == "step_00000001.pt" and is_whole(read(path))
     assert len(folder.reports) == 1 and "step_00000002.pt" in folder.reports[0]
+    folder.continue_from(path)
     assert read(folder.folder / "last.pt")["step"] == 1
 
 
@@ -78,6 +85,51 @@ def test_none_good_is_an_error_and_none_at_all_is_not(folder):
     (folder.folder / "step_00000001.pt").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):
         folder.newest_good()
+
+
+def test_a_file_of_another_kind_is_told_and_left_alone(folder):
+    """Such as a published one, whatever its name; last.pt does not point to it."""
+    for step in (1, 2):
+        folder.save(state(step), step)
+    folder.wait()
+    published = folder.folder / "step_00000003.pt"
+    torch.save({"model": state(3)["model"]}, published)
+    again = CheckpointFolder(folder.folder, folder.reports.append)
+    assert again.newest_good().name == "step_00000002.pt"
+    assert "no checkpoint of a run" in folder.reports[0] and "no args, config, optimizer, step" in folder.reports[0]
+    assert os.readlink(folder.folder / "last.pt") == "step_00000002.pt"
+    for step in (4, 5, 6):
+        again.save(state(step), step)
+    again.wait()
+    assert names(again) == {"last.pt", "step_00000003.pt", "step_00000005.pt", "step_00000006.pt"}
+
+
+def test_last_stays_where_it_is_until_a_checkpoint_is_continued(folder):
+    folder.save(state(1), 1)
+    folder.wait()
+    (folder.folder / "last.pt").unlink()
+    path = CheckpointFolder(folder.folder).newest_good()
+    assert not (folder.folder / "last.pt").exists()
+    CheckpointFolder(folder.folder).continue_from(path)
+    assert os.readlink(folder.folder / "last.pt") == path.name
+
+
+def test_only_our_own_leftovers_are_removed(folder):
+    ours = ".step_00000007.pt.12-34.tmp", "step_00000007_epoch_0001.pt.12-34.tmp", "last.pt.12.tmp"
+    others = "notes.tmp", ".backup.tmp", "step_7.pt.tmp", "last.pt.tmp"
+    for name in (*ours, *others):
+        (folder.folder / name).write_bytes(b"")
+    clean(folder)
+    assert names(folder) == set(others)
+
+
+def test_two_runs_in_one_folder_are_refused(folder):
+    with ExitStack() as one, ExitStack() as two:
+        folder.open(one)
+        (folder.folder / "last.pt.12.tmp").touch()
+        with pytest.raises(ValueError, match=rf"--results-dir .* is in use by process {os.getpid()} on "):
+            CheckpointFolder(folder.folder).open(two)
+        assert names(folder) == {"last.pt.12.tmp"}
 
 
 class Malicious:
@@ -168,7 +220,7 @@ def kill_savers(folder: CheckpointFolder, kills: int, size: int) -> tuple[int, i
         last = folder.folder / "last.pt"
         lost += step < acknowledged or folder.reports != [] or (last.exists() and read(last)["step"] < acknowledged)
         done = step
-        folder.clean()
+        clean(folder)
     return cut, lost
 
 

@@ -1,6 +1,8 @@
 """Decoding, and what counts as a bad image."""
 
 import io
+import multiprocessing
+import os
 import zlib
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dataset.decode
 from dataset.decode import BadImage, decode_exact, decode_fast
 from tests.helpers.dataset_tars import bad_images, image_file
 
@@ -74,3 +77,55 @@ def test_random_damage_never_raises_anything_but_bad_image():
         assert outcomes[0] == outcomes[1]
         refused += outcomes[0] == "bad"
     assert 20 < refused < 150
+
+
+def damaged_data(good, kind):
+    """A JPEG with damage to its image data that no header tells of."""
+    data = bytearray(good)
+    middle = (data.index(b"\xff\xda") + len(data)) // 2
+    if kind == "cut":
+        return bytes(data[:middle]) + b"\xff\xd9"
+    if kind == "zeros":
+        data[middle : middle + 64] = bytes(64)
+        return bytes(data)
+    return bytes(data[:-2]) + b"\x55" * 9 + b"\xff\xd9"  # too long
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("cut", "premature end of data segment"), ("zeros", ""), ("too long", r"\d extraneous bytes before marker 0xd9")],
+)
+def test_damaged_image_data_are_bad_and_said_by_nobody_else(kind, says, capfd):
+    good = image_file(5, 200, 150)
+    data = damaged_data(good, kind)
+    assert Image.open(io.BytesIO(data)).convert("RGB").size == (200, 150)  # Pillow passes it
+    for decode in (decode_exact, decode_fast):
+        with pytest.raises(BadImage, match=f"^damaged: .*{says}"):
+            decode(data, "a.JPEG")
+        decode(good, "a.JPEG")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_others_write_to_stderr_meanwhile_is_passed_on(capfd, monkeypatch):
+    decode_jpeg = dataset.decode.decode_jpeg
+    monkeypatch.setattr(dataset.decode, "decode_jpeg", lambda data: os.write(2, b"step 7\r") and decode_jpeg(data))
+    with pytest.raises(BadImage, match=r"^damaged: premature end of data segment$"):
+        decode_fast(damaged_data(image_file(5), "cut"))
+    assert capfd.readouterr().err == "step 7\r"
+
+
+def test_forked_processes_keep_their_warnings_apart():
+    good, bad = image_file(5), damaged_data(image_file(5), "cut")
+    decode_fast(good)  # the pipe is there before the fork
+    context = multiprocessing.get_context("fork")
+    with context.Pool(2) as pool:
+        verdicts = pool.map(is_bad, [good, bad] * 100, chunksize=1)
+    assert verdicts == [False, True] * 100
+
+
+def is_bad(data):
+    try:
+        decode_fast(data)
+    except BadImage:
+        return True
+    return False

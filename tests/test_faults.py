@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import small_run
 from tests.helpers.small_run import differences, finish, flags, last, start
 from tests.helpers.states import is_whole, state
-from tests.test_checkpoints import CheckpointFolder, folder, kill_savers  # noqa: F401
+from tests.test_checkpoints import CheckpointFolder, clean, folder, kill_savers  # noqa: F401
 from tests.test_train_distributed import kill_tree
 from utils.checkpoint_file import read
 
@@ -32,7 +32,7 @@ def test_a_disk_that_is_full(tmp_path, capsys):
     try:
         reports = []
         checkpoints = CheckpointFolder(disk / "checkpoints", reports.append)
-        checkpoints.clean()
+        clean(checkpoints)
         for step in range(1, 6):
             checkpoints.save(state(step, size=400_000 if step != 3 else 2_000_000), step)
             assert checkpoints.wait() == (step != 3)

@@ -1,9 +1,11 @@
 """The data set: tar or folder, training and evaluation images, bad ones replaced."""
 
+import errno
 import hashlib
 import multiprocessing
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """7 bad images among 63."""
+    """8 bad images among 64."""
     classes = small_classes(classes=2, images=28)
     for kind, (content, _) in bad_images().items():
         classes["n00000000"][f"{kind}.JPEG"] = content
@@ -38,11 +40,7 @@ def damaged(tmp_path):
 
 def test_a_folder_of_class_folders_reads_the_same(tmp_path):
     classes = small_classes()
-    for name, files in classes.items():
-        (tmp_path / "train" / name).mkdir(parents=True)
-        for file, content in files.items():
-            (tmp_path / "train" / name / file).write_bytes(content)
-    source = open_source(tmp_path / "train")
+    source = open_source(folder(tmp_path / "train", classes))
     assert contents(source) == expected(classes)
     assert [label(source, i) for i in range(24)] == [0] * 8 + [1] * 8 + [2] * 8
 
@@ -57,7 +55,7 @@ def test_wrong_places_and_class_counts_are_named(tmp_path):
     with pytest.raises(ValueError, match="without class folders"):
         build_dataset(tmp_path / "folder", 32, num_classes=3, seed=0)
     (tmp_path / "folder" / "n0").mkdir()
-    with pytest.raises(ValueError, match="class folder n0 holds no images"):
+    with pytest.raises(ValueError, match=r"class folder n0 holds no images"):
         build_dataset(tmp_path / "folder", 32, num_classes=3, seed=0)
 
 
@@ -139,3 +137,72 @@ def test_a_tar_cut_while_in_use_is_an_io_error(data):
     os.truncate(data.source.path, 2048)
     with pytest.raises(OSError, match="was cut while in use"):
         data[20]
+
+
+def folder(path, classes):
+    """Write a folder of class folders and return its path."""
+    for name, files in classes.items():
+        (path / name).mkdir(parents=True)
+        for file, content in files.items():
+            (path / name / file).write_bytes(content)
+    return path
+
+
+def test_a_file_that_cannot_be_read_is_a_bad_image(tmp_path, monkeypatch):
+    root = folder(tmp_path / "train", small_classes())
+    first = root / "n00000000"
+    odd = {"fifo.JPEG": "no regular file", "folder.JPEG": "Is a directory", "link.JPEG": "No such file or directory",
+           "loop.JPEG": "Too many levels of symbolic links", "failing.JPEG": "Input/output error"}  # fmt: skip
+    os.mkfifo(first / "fifo.JPEG")
+    (first / "folder.JPEG").mkdir()
+    (first / "link.JPEG").symlink_to("nowhere")
+    (first / "loop.JPEG").symlink_to("loop.JPEG")
+    (first / "failing.JPEG").write_bytes(image_file(0))
+    real_open = os.open
+
+    def failing_open(path, *args, **options):
+        if str(path).endswith("failing.JPEG"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return real_open(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", failing_open)
+    data = build_dataset(root, SIZE, num_classes=3, seed=0)
+    for name, says in odd.items():
+        index = next(index for index in range(len(data)) if data.name(index) == f"n00000000/{name}")
+        for key in (index, CropKey(0, index, 1.0)):
+            assert data[key].bad.startswith(f"n00000000/{name}: ") and says in data[key].bad
+
+
+def test_a_data_set_that_has_gone_is_an_error(tmp_path):
+    root = folder(tmp_path / "train", small_classes())
+    data = build_dataset(root, SIZE, num_classes=3, seed=0)
+    (root / "n00000001" / "n00000001_0.JPEG").unlink()
+    assert "n00000001_0.JPEG: cannot be read" in data[8].bad
+    shutil.rmtree(root / "n00000001")
+    with pytest.raises(OSError, match=r"class folder .*train/n00000001 has gone while in use"):
+        data[9]
+
+
+def test_too_many_open_files_are_no_fault_of_an_image(tmp_path, monkeypatch):
+    data = build_dataset(folder(tmp_path / "train", small_classes()), SIZE, num_classes=3, seed=0)
+
+    def full(path, *_, **__):
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OSError, match=r"Too many open files: .*n00000000_3\.JPEG"):
+        data[3]
+
+
+def test_a_disk_that_cannot_read_a_part_of_the_tar_costs_only_those_images(tmp_path, monkeypatch):
+    data = build_dataset(class_tars(tmp_path / "train.tar", small_classes()), SIZE, num_classes=3, seed=0)
+    start, real_pread = int(data.source.offsets[4]), os.pread
+
+    def failing_pread(fd, size, offset):
+        if start - 512 <= offset <= start:
+            raise OSError(errno.EIO, "Input/output error")
+        return real_pread(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing_pread)
+    assert data[4].bad == f"n00000000/at byte {start}: cannot be read: Input/output error"
+    assert data[5].bad == ""

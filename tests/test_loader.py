@@ -3,6 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +30,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """7 bad images among 63."""
+    """8 bad images among 64."""
     classes = small_classes(classes=2, images=28)
     for kind, (content, _) in bad_images().items():
         classes["n00000000"][f"{kind}.JPEG"] = content
@@ -130,15 +134,15 @@ def test_bad_images_are_replaced_alike_everywhere_counted_and_named(damaged):
         loader = train_loader(
             data,
             seed=0,
-            num_steps=18,
-            global_batch_size=7,
-            batch_size=7,
+            num_steps=16,
+            global_batch_size=8,
+            batch_size=8,
             num_workers=workers,
             max_bad_share=0.2,
             report=told.append,
         )
         batches = list(loader)
-        assert loader.num_replaced == 14 and len(told) == 7  # two epochs, each name once
+        assert loader.num_replaced == 16 and len(told) == 8  # two epochs, each name once
         for kind, (_, says) in bad_images().items():
             assert any(f"n00000000/{kind}.JPEG" in text and says in text for text in told)
         for text in told:
@@ -147,7 +151,7 @@ def test_bad_images_are_replaced_alike_everywhere_counted_and_named(damaged):
             expected = expected or rows(batches)
             assert rows(batches) == expected
     replaced = [b for batch in batches for b in zip(batch.bad, batch.index.tolist(), batch.label.tolist()) if b[0]]
-    assert len({index for _, index, _ in replaced}) == 7
+    assert len({index for _, index, _ in replaced}) == 8
     assert {label for _, _, label in replaced} == {0, 1}  # the label is the replacement's
 
 
@@ -182,15 +186,93 @@ def test_numbers_that_do_not_fit_are_named(data, options, says):
     assert says in str(error.value)
 
 
-def test_workers_survive_the_signals_of_a_stopping_job(data):
-    loader = iter(train_loader(data, seed=0, num_steps=60, global_batch_size=8, batch_size=2, num_workers=2))
-    next(loader)
+def workers_at_work(data):
+    """An iterator over many batches that has begun, and its two worker processes."""
+    batches = iter(train_loader(data, seed=0, num_steps=60, global_batch_size=8, batch_size=2, num_workers=2))
+    next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    for worker in workers:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            os.kill(worker.pid, number)
-    assert len(list(loader)) == 239
+    return batches, workers
+
+
+def test_workers_survive_the_signals_of_a_stopping_job(data):
+    batches, workers = workers_at_work(data)
+    for name in ("INT", "TERM", "USR1"):  # from outside, as Ctrl-C, SLURM and torchrun send them
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    assert len(list(batches)) == 239
     for worker in workers:
         worker.join(10)
         assert worker.exitcode == 0
+
+
+def test_workers_obey_their_parent(data):
+    batches, workers = workers_at_work(data)
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+    batches.close()
+
+
+def test_a_killed_worker_is_one_line_where_the_next_batch_is_waited_for(data):
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches, (first, second) = workers_at_work(data)
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    os.kill(first.pid, signal.SIGKILL)
+    with pytest.raises(OSError, match=r"--num-workers 2: a process that loads images was killed.*fewer") as error:
+        list(batches)
+    assert "\n" not in str(error.value)
+    del error, batches
+    second.join(10)
+    assert second.exitcode == 0
+
+
+def trainer(path, ending, pipe, errors):
+    """What train.py does around a loader, in a process of its own: begin, take batches, end by whatever comes."""
+    sys.stderr = open(errors, "w", buffering=1)  # noqa: SIM115
+    data = build_dataset(path, SIZE, num_classes=3, seed=0)
+    batches = iter(train_loader(data, seed=0, num_steps=900, global_batch_size=8, batch_size=8, num_workers=2))
+    next(batches)
+    pipe.send([worker.pid for worker in multiprocessing.active_children()])
+    pipe.recv()
+    if ending == "own error":
+        raise FloatingPointError("broken on purpose")
+    try:
+        for _ in batches:
+            time.sleep(60 if ending == "killed" else 0)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("ending", "says"),
+    [
+        ("own error", "FloatingPointError: broken on purpose"),
+        ("worker killed", "error: --num-workers 2: a process that loads images was killed"),
+        ("tar truncated", "train.tar was cut while in use"),
+        ("killed", ""),
+    ],
+)
+def test_a_trainer_ends_within_seconds_and_takes_its_workers_along(tmp_path, ending, says):
+    tar, errors = class_tars(tmp_path / "train.tar", small_classes()), tmp_path / "errors"
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=trainer, args=(tar, ending, theirs, errors))
+    process.start()
+    workers = ours.recv()
+    if ending == "tar truncated":
+        os.truncate(tar, 2048)
+    elif ending == "worker killed":
+        os.kill(workers[0], signal.SIGKILL)
+    ours.send("go on")
+    if ending == "killed":
+        process.kill()
+    process.join(20)
+    assert process.exitcode == (-signal.SIGKILL if ending == "killed" else 1)
+    lines = errors.read_text().splitlines()
+    assert says in "".join(lines[-1:]) and (len(lines) <= 1 or ending == "own error")
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -86,3 +86,53 @@ def test_config_from_dict_refuses_unknown_fields():
     assert config_from_dict(config_to_dict(NANO)) == NANO
     with pytest.raises(ValueError, match="config"):
         config_from_dict({**config_to_dict(NANO), "surprise": 1})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 10**9}, {"num_layers": 10**5}, {"num_heads": 0}, {"head_adaln_sets": 0}, {"width": None},
+        {"width": [64]}, {"width": 64.0}, {"num_classes": True}, {"class_dropout_prob": "x"}, {"svae": 3},
+        {"svae": None}, {"svae": {**config_to_dict(NANO.svae), "stem_channels": [[1]]}},
+        {"svae": {**config_to_dict(NANO.svae), "stem_channels": None}},
+        {"svae": {**config_to_dict(NANO.svae), "encoder_layers": 10**5}},
+        {"svae": {**config_to_dict(NANO.svae), "latent_shift": "0"}}, {"svae": config_to_dict(NANO)},
+    ],
+)  # fmt: skip
+def test_malformed_configs_are_refused_at_once(change):
+    saved = checkpoint(stirred_nano(), config={**config_to_dict(NANO), **change})
+    with pytest.raises(ValueError, match="config"):
+        from_checkpoint(saved)
+
+
+@pytest.mark.parametrize("config", [None, 3, [], "x"])
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(ValueError, match="config"):
+        from_checkpoint(checkpoint(stirred_nano(), config=config))
+
+
+@pytest.mark.parametrize(
+    "weight", [None, 3, torch.zeros(3, dtype=torch.int64), torch.zeros(3, device="meta"), torch.eye(3).to_sparse()]
+)
+def test_weights_that_are_no_plain_tensors_are_refused(weight):
+    saved = checkpoint(stirred_nano(), config=config_to_dict(NANO))
+    saved["model"]["norm.weight"] = weight
+    with pytest.raises(ValueError, match=r"norm.weight is "):
+        from_checkpoint(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_floats_become_float32(dtype):
+    model = stirred_nano()
+    state = {name: value.to(dtype) for name, value in checkpoint_state(model).items()}
+    loaded = from_checkpoint({"model": state, "config": config_to_dict(NANO)})
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
+
+
+def test_weights_of_another_architecture_are_told_in_one_line():
+    saved = checkpoint(stirred_nano(), config={**config_to_dict(NANO), "num_classes": 9})
+    with pytest.raises(ValueError, match=r"do not fit the architecture: 1 of another shape \(cls_embedding.weight\)$"):
+        from_checkpoint(saved)
+    del saved["model"]["norm.weight"]
+    with pytest.raises(ValueError, match=r"1 missing \(norm.weight\); 1 of another shape"):
+        from_checkpoint(saved)

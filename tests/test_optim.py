@@ -8,7 +8,8 @@ from torch import nn
 
 from models import PRESETS, SphereAR
 from utils.training.ema import EMA
-from utils.training.optim import build_adamw, learning_rate, poison, update
+from utils.training.optim import build_adamw, learning_rate, load_optimizer, poison, update
+from utils.training.players import make_player
 
 
 def small_model() -> nn.Module:
@@ -18,10 +19,6 @@ def small_model() -> nn.Module:
 
 def adamw(model: nn.Module, lr: float = 0.1) -> torch.optim.AdamW:
     return build_adamw(model.named_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
-
-
-def off() -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", enabled=False)
 
 
 def test_what_decays_in_the_ar_model():
@@ -75,7 +72,7 @@ def test_update_is_adamw_with_clipping():
         nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         plain.step()
         plain.zero_grad()
-        norm = update(optimizer, list(model.parameters()), max_grad_norm=1.0, scaler=off())
+        norm = update(optimizer, list(model.parameters()), max_grad_norm=1.0)
         torch.testing.assert_close(norm, expected)
         assert all(w.grad is None for w in model.parameters())
     for own, other in zip(model.parameters(), reference.parameters()):
@@ -88,17 +85,17 @@ def test_a_bad_gradient_changes_nothing(bad):
     optimizer = adamw(model)
     weights = list(model.parameters())
     model(torch.randn(5, 3)).sum().backward()
-    update(optimizer, weights, max_grad_norm=1.0, scaler=off())
+    update(optimizer, weights, max_grad_norm=1.0)
     before = [w.detach().clone() for w in weights]
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
     model(torch.randn(5, 3)).sum().backward()
     weights[2].grad[0] = bad
-    assert not update(optimizer, weights, max_grad_norm=1.0, scaler=off()).isfinite()
+    assert not update(optimizer, weights, max_grad_norm=1.0).isfinite()
     assert all(torch.equal(a, b) for a, b in zip(before, weights))
     after = [value for state in optimizer.state.values() for value in state.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, after))
     model(torch.randn(5, 3)).sum().backward()
-    update(optimizer, weights, max_grad_norm=1.0, scaler=off())
+    update(optimizer, weights, max_grad_norm=1.0)
     assert not any(torch.equal(a, b) for a, b in zip(before, weights))
 
 
@@ -128,3 +125,57 @@ def test_ema():
     other = EMA(small_model().named_parameters(), 0.75)
     other.load_state_dict({**model.state_dict(), **ema.state_dict(), "0.weight": torch.zeros(4, 3)})
     assert torch.equal(other.state_dict()["0.bias"], ema.state_dict()["0.bias"])
+
+
+def test_fp16_scales_and_skips():
+    """On a CPU by its own GradScaler: the same interface as a GPU's."""
+    model, reference = small_model(), small_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer, plain = adamw(model), adamw(reference)
+    x = torch.randn(5, 3)
+    scaler.scale(model(x).square().sum()).backward()
+    reference(x).square().sum().backward()
+    norm = update(optimizer, list(model.parameters()), max_grad_norm=1.0, scaler=scaler)
+    torch.testing.assert_close(norm, update(plain, list(reference.parameters()), max_grad_norm=1.0))
+    for own, other in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(own, other)
+    before = [w.detach().clone() for w in model.parameters()]
+    scaler.scale(model(x).square().sum() * float("inf")).backward()
+    update(optimizer, list(model.parameters()), max_grad_norm=1.0, scaler=scaler)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert scaler.get_scale() == 512.0
+
+
+def test_a_player_without_a_loss_yet_only_decays_in_fp16():
+    """As the discriminator before its start: its scaler has scaled nothing, and its scale must not grow meanwhile."""
+    module = small_model()
+    player = make_player(
+        "discriminator", module, torch.device("cpu"), lr=0.1, betas=(0.9, 0.95), weight_decay=0.5, is_fp16=True,
+        num_parts=1,
+    )  # fmt: skip
+    weight = module[0].weight.detach().clone()
+    player.backward_of_nothing()
+    assert player.update(1.0) == 0
+    torch.testing.assert_close(module[0].weight, weight * (1 - 0.1 * 0.5))
+    player.backward(module(torch.randn(5, 3)).square().sum())
+    assert player.update(1.0) > 0
+    assert player.scaler.get_scale() == 65536.0
+    assert not torch.equal(module[0].weight, weight * (1 - 0.1 * 0.5) ** 2)
+
+
+def test_states_of_another_memory_format_are_laid_out_as_the_weights():
+    """A GPU's S-VAE is channels_last: its moments go to a contiguous CPU model, and the next step is the same."""
+    torch.manual_seed(0)
+    there = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    here = nn.Conv2d(4, 6, 3)
+    here.load_state_dict(there.state_dict())
+    x = torch.randn(2, 4, 5, 5)
+    first, second = adamw(there), adamw(here)
+    there(x).square().sum().backward()
+    update(first, list(there.parameters()), max_grad_norm=1.0)
+    here.load_state_dict(there.state_dict())
+    load_optimizer(second, first.state_dict())
+    for module, optimizer in ((there, first), (here, second)):
+        module(x).square().sum().backward()
+        update(optimizer, list(module.parameters()), max_grad_norm=1.0)
+    torch.testing.assert_close(here.weight, there.weight, rtol=1e-6, atol=1e-7)

@@ -24,6 +24,7 @@ from tests.helpers.small_run import (
 )
 from utils import checkpoint_file
 from utils.checkpoint_file import read
+from utils.training import optim
 from utils.training.checkpoints import CheckpointFolder
 from utils.training.preemption import Preemption
 from utils.training.tracker import Tracker
@@ -353,3 +354,70 @@ def test_previews_do_not_disturb_training(command):
 def test_bf16_trains(command):
     state = run_here(*command("run", "--max-steps", 3, "--mixed-precision", "bf16"))
     assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(ar, tmp_path, monkeypatch, capsys):
+    """Their gradients may have been, as with a learning rate that is far too high."""
+    add, steps = Tracker.add, iter(range(1, 9))
+
+    def overflow(tracker, *metrics, **named):
+        if next(steps) == 3:
+            optimizers[0].param_groups[0]["params"][0].data[0] = float("inf")
+        add(tracker, *metrics, **named)
+
+    optimizers, update = [], optim.update
+    monkeypatch.setattr(
+        optim, "update", lambda optimizer, *a, **n: (optimizers.append(optimizer), update(optimizer, *a, **n))[1]
+    )
+    monkeypatch.setattr(Tracker, "add", overflow)
+    assert train.main(ar("run", "--max-steps", 5, "--save-every", 1)) == 1
+    assert re.search(r"weights are not finite after step 3.*step_00000002\.pt", capsys.readouterr().err)
+    assert read(tmp_path / "run/checkpoints/last.pt")["step"] == 2
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(ar, tmp_path, monkeypatch, capsys):
+    """log.txt on a full disk (told once), and TensorBoard's thread ended by one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.txt").symlink_to("/dev/full")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    assert train.main(ar("run", "--max-steps", 4)) == 0
+    error = capsys.readouterr().err
+    assert error.count("log.txt: No space left on device; training goes on") == 1
+    assert error.count("could not write for TensorBoard") == 1
+
+
+def test_two_runs_in_one_folder_are_refused(ar, tmp_path, capsys):
+    process = small_run.start(*ar("run", "--max-steps", 1000, "--num-workers", 1))
+    small_run.wait_for(process, " 2/1000")
+    assert_refused(capsys, rf"--results-dir .* is in use by process {process.pid} on ", ar("run", "--max-steps", 3))
+    process.kill()  # its loader's worker may outlive it for a moment, but does not hold the folder
+    process.communicate()
+    assert train.main(ar("run", "--max-steps", 1000, "--epochs", 1)) == 0
+
+
+@pytest.mark.parametrize("moment", [0.3, 1.0, 2.0, 3.0])
+def test_ctrl_c_in_the_first_seconds_leaves_no_traceback(ar, moment):
+    process = small_run.start(*ar("run", "--max-steps", 1000))
+    time.sleep(moment)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT), output
+    assert "Traceback" not in output
+
+
+def test_a_state_dict_of_another_architecture_is_one_line(ar, files, tmp_path, capsys):
+    state = read(files[1])
+    state["model"] = {
+        name.replace("encoder.layers.0", "encoder.layers.7"): value for name, value in state["model"].items()
+    }
+    torch.save(state, tmp_path / "other.pt")
+    assert_refused(capsys, r"--trained-vae .*other.pt: .* missing", ar("run", "--trained-vae", tmp_path / "other.pt"))
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, 2**63])
+def test_seeds_of_64_bits(ar, seed):
+    run_here(*ar("run", "--max-steps", 1, "--global-seed", seed))

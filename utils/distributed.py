@@ -1,9 +1,12 @@
 """Processes: start, rank, reductions, and how they agree. Every function is a no-op on one process."""
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -28,13 +31,58 @@ def init(timeout_minutes: int = 30, *, cpu: bool = False) -> torch.device:
             )
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if not (use_cuda or cpu):
+        _tell_of_unused_gpu()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if use_cuda else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if use_cuda else None,
-        )
+        with _default_signals():
+            dist.init_process_group(
+                "nccl" if use_cuda else "gloo",
+                timeout=timedelta(minutes=timeout_minutes),
+                device_id=device if use_cuda else None,
+            )
     return device
+
+
+@contextmanager
+def _default_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end the process at once: no handler in Python runs while it waits for the others in C++."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _has_nvidia_gpu() -> bool:
+    """Whether this machine shows one to us, as far as its files tell."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _tell_of_unused_gpu() -> None:
+    """Say it where torch cannot use this machine's GPU. ValueError where several processes would share its CPU."""
+    if not _has_nvidia_gpu():
+        return
+    try:
+        torch.cuda.init()
+        reason = "no reason is given"
+    except (AssertionError, RuntimeError) as error:  # built without CUDA, or a driver older than its CUDA
+        reason = str(error).strip().splitlines()[0]
+    text = (
+        f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: {reason}. "
+        "Install the torch build of your driver's CUDA, or set CUDA_VISIBLE_DEVICES=-1 to mean the CPU"
+    )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        error = ValueError(text)
+        error.is_shared = True  # it is the machine's
+        raise error
+    print(f"WARNING: running on the CPU; {text}", file=sys.stderr, flush=True)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether this is how torch tells a process that another one of the job has ended."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def cleanup() -> None:

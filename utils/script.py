@@ -1,11 +1,15 @@
 """What the scripts share: how flags are checked, how precision is chosen, and the one way to end."""
 
 import argparse
+import json
 import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -140,18 +144,41 @@ def run(
     except torch.OutOfMemoryError as error:
         _say(name, f"{str(error).splitlines()[0]} {out_of_memory}")
         return FAILED
+    except RuntimeError as error:
+        if not distributed.lost_another(error):
+            raise
+        warn(f"{name}: process {distributed.rank()} ends because another one has: {str(error).splitlines()[0]}")
+        return FAILED
     except Stopped as stopped:
         distributed.print0(f"\n{name}: stopped; {when_stopped}", file=sys.stderr)
         return BY_SIGNAL + stopped.signum
     finally:
+        signal.alarm(END_WITHIN_SECONDS)  # NCCL may wait for those that have ended
+        distributed.cleanup()
         signal.alarm(0)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        distributed.cleanup()
+
+
+def warn(text: str) -> None:
+    """A line to stderr, from the process that has it."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _say(name: str, error: Exception | str) -> None:
-    """One error line: from rank 0 alone where every process has the same error, else from whoever has it."""
+    """One error line: from rank 0 alone where every process has the same error, else from whoever has it.
+
+    torchrun's summary at the end repeats it.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        message = {"message": str(error), "extraInfo": {"timestamp": int(time.time())}}
+        with suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}), encoding="utf-8")
     if distributed.is_main() or not distributed.is_shared(error):
         where = f" (process {distributed.rank()})" if "RANK" in os.environ and not distributed.is_shared(error) else ""
-        print(f"{name}: error{where}: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text as one line, with everything escaped that a terminal would obey or cannot show: file names hold anything."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -36,6 +36,7 @@ def bad_images() -> dict[str, tuple[bytes, str]]:
         "empty": (b"", "empty"),
         "noise": (bytes(range(256)) * 4, "corrupt"),
         "truncated": (good[: len(good) // 2], "truncated"),
+        "damaged": (good[: len(good) // 2] + b"\xff\xd9", "damaged: premature end of data segment"),
         "cmyk": (image_file(1, mode="CMYK"), "CMYK"),
         "palette": (image_file(2, mode="P", form="PNG"), "mode P"),
         "sixteen": (sixteen_bit(), "16 bits"),

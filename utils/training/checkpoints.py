@@ -9,15 +9,18 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from utils import checkpoint_file
-from utils.files import sync
+from utils.files import lock, remove_leftovers, sync
 
 NAME = re.compile(r"step_(\d{8,})(_epoch_\d{4,})?\.pt")
+LEFTOVER = re.compile(rf"last\.pt\.\d+\.tmp|{NAME.pattern}\.\d+-\d+\.tmp")  # a link's, and of earlier versions
+KEYS = {"model", "optimizer", "step", "args", "config"}  # of every run's checkpoint, since the first version
 
 
 class Entry(NamedTuple):
@@ -46,13 +49,14 @@ class CheckpointFolder:
     """The checkpoints of one run, written by one process.
 
     The newest complete one and the one before it stay, and all that were saved with an epoch; older ones go.
-    `report` takes one line of text: damaged files that were skipped, saves that failed. A context manager: no save
-    goes on behind the block.
+    `report` takes one line of text: files that were skipped, saves that failed. A context manager: no save goes on
+    behind the block.
     """
 
     def __init__(self, folder: Path, report: Callable[[str], None] = print):
         self.folder, self.report = folder, report
         self.good: list[Path] = []  # complete ones that this process wrote or loaded, oldest first
+        self.foreign: set[Path] = set()  # readable, but no run's: left alone
         self.failed = False  # whether the newest save failed
         self.writer: threading.Thread | None = None
 
@@ -68,33 +72,48 @@ class CheckpointFolder:
         return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
     def newest_good(self) -> Path | None:
-        """The newest checkpoint whose bytes all agree with their checksums; a damaged newer one is reported, skipped.
+        """The newest checkpoint of a run whose bytes all agree with their checksums; newer others are reported.
 
         Raises ValueError when there are checkpoints and none of them is good.
         """
         found = self.found()
         for _, path in found:
             try:
-                checkpoint_file.read(path, verify=True)
+                missing = sorted(KEYS - checkpoint_file.read(path, verify=True).keys())
             except ValueError as error:
                 self.report(f"skipped a checkpoint: {error}")
                 continue
-            self.good.append(path)
-            self._point_last_to(path)  # an interrupted save may have left it one behind, or at a damaged file
-            return path
+            if not missing:
+                return path
+            self.foreign.add(path)
+            self.report(f"skipped a file that is no checkpoint of a run: {path} has no {', '.join(missing)}")
         if found:
-            raise ValueError(f"--results-dir: none of the {len(found)} checkpoints in {self.folder} is readable")
+            raise ValueError(
+                f"--results-dir: none of the {len(found)} checkpoints in {self.folder} is readable and a run's; "
+                "move them away to start anew"
+            )
         return None
 
-    def clean(self) -> None:
-        """Make the folder, and remove what an interrupted save left in it. Raises ValueError where that fails."""
+    def continue_from(self, path: Path) -> None:
+        """The run goes on from this checkpoint."""
+        self.good.append(path)
+        self._point_last_to(path)  # an interrupted save may have left it one behind, or at a damaged file
+
+    def open(self, stack: ExitStack) -> None:
+        """Make the folder, lock the run's until `stack` closes, and remove what an interrupted save left.
+
+        Raises ValueError where another run has it, or it cannot be written.
+        """
+        results = self.folder.parent
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob("*.tmp"):
-                left.unlink(missing_ok=True)
+            if lock(results, stack, "--results-dir"):
+                remove_leftovers(self.folder, NAME.pattern)
+                for path in self.folder.glob("*.tmp"):
+                    if LEFTOVER.fullmatch(path.name):
+                        path.unlink(missing_ok=True)
         except OSError as error:
-            remedy = "choose another folder"
-            raise ValueError(f"--results-dir {self.folder.parent}: cannot be written ({error}); {remedy}") from None
+            raise ValueError(f"--results-dir {results}: cannot be written ({error}); choose another folder") from None
 
     def save(self, state: dict, step: int, epoch: int | None = None) -> None:
         """Copy `state` now, write it in the background; with `epoch`, for good. A failure is reported, not raised.
@@ -141,5 +160,6 @@ class CheckpointFolder:
     def _prune(self, newest: Path) -> None:
         newest_step = int(NAME.fullmatch(newest.name)[1])
         for step, path in self.found():
-            if step < newest_step and path not in self.good and not NAME.fullmatch(path.name)[2]:
+            is_kept = path in self.good or path in self.foreign or NAME.fullmatch(path.name)[2]
+            if step < newest_step and not is_kept:
                 path.unlink(missing_ok=True)

@@ -75,18 +75,21 @@ def update(
     weights: list[nn.Parameter],
     *,
     max_grad_norm: float,
-    scaler: torch.amp.GradScaler,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> torch.Tensor:
     """Clip, then update unless the gradient is not finite; return its norm before clipping (0-dim, on the device).
 
     The decision stays on the device: fused AdamW leaves weights and state as they are where `found_inf` is 1, the
-    interface that GradScaler uses. A disabled scaler (bf16, float32) does nothing here.
+    interface that GradScaler uses. `scaler`: what the loss was scaled by (fp16), None where it was not.
     """
-    scaler.unscale_(optimizer)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(weights, max_grad_norm)
-    if not scaler.is_enabled():
+    if scaler is None:
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
-    scaler.step(optimizer)
-    scaler.update()
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -20,6 +20,7 @@ class Player:
     weights: list[nn.Parameter]  # those that require a gradient
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler  # disabled but for fp16
+    is_scaled: bool = False  # whether the gradients of this step are
 
     @property
     def prefix(self) -> str:
@@ -36,10 +37,21 @@ class Player:
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(optim.poison(loss)).backward()
+        self.is_scaled = self.scaler.is_enabled()
+
+    def backward_of_nothing(self) -> None:
+        """Gradients of 0: the update is then weight decay alone."""
+        for weight in self.weights:
+            weight.grad = torch.zeros_like(weight)
+        self.is_scaled = False
 
     def update(self, max_grad_norm: float) -> Tensor:
         """Update the weights where the gradient is finite; the gradient's norm before clipping, 0-dim."""
-        return optim.update(self.optimizer, self.weights, max_grad_norm=max_grad_norm, scaler=self.scaler)
+        scaler = self.scaler if self.is_scaled else None
+        return optim.update(self.optimizer, self.weights, max_grad_norm=max_grad_norm, scaler=scaler)
+
+    def has_finite_weights(self) -> bool:
+        return bool(nn.utils.get_total_norm(self.weights, norm_type=float("inf")).isfinite())
 
     def load_scaler(self, state: dict) -> None:
         if state and self.scaler.is_enabled():

@@ -3,6 +3,8 @@
 import sys
 import time
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,13 @@ def summary_writer(folder: Path, step: int):
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=step)
+
+
+def add_to(totals: dict[str, torch.Tensor], share: float, **values: torch.Tensor) -> None:
+    """Add values of one part of a step, times its share, to the step's."""
+    for name, value in values.items():
+        value = value.detach() * share
+        totals[name] = totals[name] + value if name in totals else value
 
 
 @dataclass
@@ -47,16 +56,23 @@ class Progress:
 
 
 class Tracker:
-    """Means of what the steps report. Nothing waits for the device until a line is due; then it is one transfer."""
+    """Means of what the steps report. Nothing waits for the device until a line is due; then it is one transfer.
 
-    def __init__(self, folder: Path, progress: Progress, global_batch_size: int):
-        self.progress, self.global_batch_size = progress, global_batch_size
+    What cannot be written to log.txt or TensorBoard is told to `report` once, and training goes on.
+    """
+
+    def __init__(self, folder: Path, progress: Progress, global_batch_size: int, report: Callable[[str], None] = print):
+        self.progress, self.global_batch_size, self.report = progress, global_batch_size, report
         step, total_steps = progress.step, progress.total_steps
         self.writer = self.file = None
-        if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
-            self.writer = summary_writer(folder / "tensorboard", step)
+        self.log_fails = False
+        with distributed.all_or_none():
+            if distributed.is_main():
+                folder.mkdir(parents=True, exist_ok=True)
+                self.file = open(folder / "log.txt", "ab", buffering=0)  # noqa: SIM115
+        if self.file is not None:
+            with self._tensorboard():
+                self.writer = summary_writer(folder / "tensorboard", step)
         self.bar = tqdm(
             total=total_steps, initial=step, unit="step", dynamic_ncols=True,
             disable=None if distributed.is_main() else True,
@@ -103,9 +119,10 @@ class Tracker:
         means = {name: total / count if count else float("nan") for name, (total, count) in zip(names, pairs)}
         means["lr"] = lr
         means["images/s"] = (step - self.logged) * self.global_batch_size / seconds
-        if self.writer is not None:
-            for name, value in means.items():
-                self.writer.add_scalar(name, value, step)
+        with self._tensorboard():
+            if self.writer is not None:
+                for name, value in means.items():
+                    self.writer.add_scalar(name, value, step)
         epoch = (step - 1) // self.progress.steps_per_epoch
         values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         self.print(f"step {step:>{len(str(total_steps))}}/{total_steps}  epoch {epoch}  {values}")
@@ -119,21 +136,38 @@ class Tracker:
             from torchvision.utils import make_grid
 
             grid = make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=8)
-            self.writer.add_image(name, grid, self.progress.step)
+            with self._tensorboard():
+                self.writer.add_image(name, grid, self.progress.step)
 
     def print(self, text: str) -> None:
         """A line above the progress bar and in log.txt, from rank 0."""
         if self.file is not None:
             tqdm.write(text)
             sys.stdout.flush()
-            self.file.write(text + "\n")
-            self.file.flush()
+            try:
+                self.file.write(f"{text}\n".encode())
+                self.log_fails = False
+            except OSError as error:
+                if not self.log_fails:
+                    self.report(f"could not write to {self.file.name}: {error.strerror}; training goes on")
+                self.log_fails = True
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[None]:
+        """Around what TensorBoard's writer does: it is given up where it fails, as it then never writes again."""
+        try:
+            yield
+        except Exception as error:  # its thread's own, of any kind
+            self.writer = None
+            self.report(f"could not write for TensorBoard: {error}; training goes on without it")
 
     def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        with self._tensorboard():
+            if self.writer is not None:
+                self.writer.close()
+        if self.file is not None:
             self.file.close()

@@ -1,0 +1,24 @@
+"""What a script does before it imports torch, which takes seconds: from then on it ends when it is told to.
+
+Only for a script that is run: `if __name__ == "__main__": end_when_told()` above its other imports.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent is gone
+
+
+def end_when_told() -> None:
+    """Ctrl-C ends the script silently until `script.run` takes over; torchrun's end, however it comes, is a SIGTERM.
+
+    Without the latter, training goes on as an orphan when torchrun is killed by a signal that it does not pass on.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it ended between these lines
+            os.kill(os.getpid(), signal.SIGTERM)
