@@ -7,10 +7,15 @@ Image i depends on (checkpoint, seed, i, settings) alone, not on processes, batc
 batches are kept as shards in the sample folder: the same command continues a run that was stopped.
 """
 
+import sys
+
+if __name__ == "__main__":
+    from utils.early import end_when_told
+
+    end_when_told()
+
 import argparse
 import json
-import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -19,9 +24,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
