@@ -65,13 +65,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--per-proc-batch-size", type=at_least(1), help="default: 256 on a GPU, 16 on a CPU")
     add("--cfg-scale", type=at_least(1.0), default=PUBLISHED.cfg_scale, help="1 = no guidance; published: 4.5, L 4.6")
     add("--cfg-schedule", choices=CFG_SCHEDULES, default=PUBLISHED.cfg_schedule)
-    add("--num-sampling-steps", type=at_least(1), default=PUBLISHED.num_sampling_steps,
+    add("--num-sampling-steps", type=script.within(1, 10**4), default=PUBLISHED.num_sampling_steps,
         help=f"per token, and a last one of {PUBLISHED.last_step_size}")  # fmt: skip
     add("--sampler", choices=list(SAMPLERS), default=PUBLISHED.sampler)
     add("--global-seed", type=script.SEED, default=0)
-    add("--labels", choices=("random", "balanced"), default="random",
+    labels = parser.add_mutually_exclusive_group().add_argument
+    labels("--labels", choices=("random", "balanced"), default="random",
         help="random: uniform (published); balanced: equally many of each class, shuffled")  # fmt: skip
-    add("--class-ids", type=class_ids, help="only these classes in turn, such as 207,360 (instead of --labels)")
+    labels("--class-ids", type=class_ids, help="only these classes in turn, such as 207,360 (instead of --labels)")
     add("--to-npz", action="store_true", help="join the shards into SAMPLE_DIR/samples.npz at the end")
     add("--save-images", metavar="DIR", help="also write DIR/000000.png, ...")
     add("--mixed-precision", choices=("none", "bf16"), help="default: bf16 on a GPU, none on a CPU")

@@ -382,6 +382,8 @@ def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
         (["--ckpt", "missing.pt"], "missing.pt: no such checkpoint"),
         (["--ckpt", __file__], "not a readable checkpoint"),
         (["--num-fid-samples", "99999999999"], "--num-fid-samples: 99999999999 must lie in [1, 10000000]"),
+        (["--num-sampling-steps", "1000000000"], "--num-sampling-steps: 1000000000 must lie in [1, 10000]"),
+        (["--labels", "balanced"], "--labels: not allowed with argument --class-ids"),
         (["--global-seed", str(2**64)], f"--global-seed: {2**64} must lie in 0 to 2^64 - 1"),
         (["--sample-dir", __file__], "test_sample_ddp.py"),
     ],
@@ -475,3 +477,18 @@ def test_a_run_keeps_to_the_linear_ways_it_chose(sample, tmp_path, monkeypatch):
     asked.clear()
     assert (brief(sample, "run") == images).all() and not asked
     assert np.abs(brief(sample, "plain", "--no-compile") - images).max() <= 1 and not asked
+
+
+def test_too_large_a_batch_for_the_memory_is_one_line(sample, monkeypatch, capsys):
+    def allocate(*_):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 221184000000 bytes. Error code 12 (Cannot allocate memory)\nmore lines"
+        )
+
+    monkeypatch.setattr(models, "generate_tokens", allocate)
+    assert sample("run", "--num-fid-samples", 2)[0] == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "sample_ddp.py: error: can't allocate memory: you tried to allocate 221184000000 bytes. Error code 12 (Cannot "
+        "allocate memory). Lower --per-proc-batch-size."
+    )

@@ -145,6 +145,9 @@ def run(
         _say(name, f"{str(error).splitlines()[0]} {out_of_memory}")
         return FAILED
     except RuntimeError as error:
+        if "DefaultCPUAllocator: " in str(error):  # what a CPU has instead of an OutOfMemoryError
+            _say(name, f"{str(error).splitlines()[0].rpartition('DefaultCPUAllocator: ')[2]}. {out_of_memory}")
+            return FAILED
         if not distributed.lost_another(error):
             raise
         warn(f"{name}: process {distributed.rank()} ends because another one has: {str(error).splitlines()[0]}")
