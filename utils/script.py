@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from utils import distributed
+from utils.files import printable
 
 END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -180,8 +181,3 @@ def _say(name: str, error: Exception | str) -> None:
     if distributed.is_main() or not distributed.is_shared(error):
         where = f" (process {distributed.rank()})" if "RANK" in os.environ and not distributed.is_shared(error) else ""
         print(f"{name}: error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """Text as one line, with everything escaped that a terminal would obey or cannot show: file names hold anything."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
