@@ -1,13 +1,15 @@
-"""Inception Score, FID, sFID, precision and recall of samples against a reference, as the ADM evaluator computes them.
+"""Inception Score, FID, sFID, precision and recall of samples against a reference as the ADM evaluator has them; MIND.
 
     python evaluator.py REF.npz SAMPLE.npz
     torchrun --nproc_per_node=8 evaluator.py REF.npz SAMPLE.npz     (the same numbers)
 
-Prints the five numbers, writes them to SAMPLE.txt and, with everything that made them, to the key "evaluation" of
-SAMPLE.json. Exit status: 0, 2 for an input that cannot be evaluated (one line says why), 128 + signal when stopped.
+Either may be a folder of PNGs. Prints the numbers, writes them to SAMPLE.txt and, with everything that made them, to
+the key "evaluation" of SAMPLE.json. Exit status: 0, 2 for an input that cannot be evaluated (one line says why), 128 +
+signal when stopped.
 """
 
 import argparse
+import signal
 import sys
 import threading
 import time
@@ -16,6 +18,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a traceback
+
 import numpy as np
 import torch
 
@@ -23,22 +28,29 @@ from utils import distributed, provenance, script
 from utils.evaluation import frechet, inception_weights, results
 from utils.evaluation.feature_cache import cached
 from utils.evaluation.features import Extractor, Features, extract, hand_back_memory, read_parts, workers_within_memory
-from utils.evaluation.inception import POOL_DIM, Inception
+from utils.evaluation.inception import Inception
 from utils.evaluation.inception_tensorflow import TensorFlowInception
-from utils.evaluation.npz_reader import NpzReader, looks_sorted
-from utils.evaluation.precision_recall import NEIGHBOUR, precision_recall
+from utils.evaluation.inputs import Images, check_inputs, inspect, open_images
+from utils.evaluation.mind import mind
+from utils.evaluation.precision_recall import precision_recall
 
 PARTS = 64  # a file is cut into about so many, taken in turns by the processes, whatever their number
-PUBLISHED_COUNT = 50_000
+MIND_SEED = 2020  # torch-fidelity's
 
 
 class Evaluated(NamedTuple):
     """One of the two files: what it holds, the features of its images (None: it has none), its checksum."""
 
-    file: NpzReader
+    file: Images
     features: Features | None
     sha256: str
     from_cache: bool = False
+
+    @property
+    def statistics(self) -> dict[str, np.ndarray]:
+        """mu, sigma, mu_s, sigma_s: those that the file brings along count before those of its images."""
+        computed = self.features.statistics if self.features else {}
+        return {name: values for name, values in {**computed, **self.file.statistics}.items() if name != "score"}
 
     def record(self) -> dict:
         return {
@@ -54,14 +66,17 @@ class Evaluated(NamedTuple):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("ref_batch", metavar="REF.npz", help="reference images and / or their statistics")
-    parser.add_argument("sample_batch", metavar="SAMPLE.npz", help="samples: arr_0 uint8 N x H x W x 3")
+    parser.add_argument("ref_batch", metavar="REF.npz", help="reference images or statistics; a folder of PNGs")
+    parser.add_argument(
+        "sample_batch", metavar="SAMPLE.npz", help="samples: arr_0 uint8 N x H x W x 3; a folder of PNGs"
+    )
     parser.add_argument("--inception", metavar="FILE", help='weights of any known kind, or "download" for the original')
     parser.add_argument("--backend", choices=("torch", "tensorflow"), default="torch", help="tensorflow: needs the .pb")
     parser.add_argument("--batch-size", type=script.at_least(1), help="images per network call (GPU 64, CPU 2)")
     parser.add_argument("--pr-dtype", choices=("float16", "float32"), default="float16", help="distances of P and R")
     parser.add_argument("--tf32", action="store_true", help="TF32 convolutions, as TensorFlow on Ampere and later")
     parser.add_argument("--cache-features", action="store_true", help="keep features beside each file for the next run")
+    parser.add_argument("--save-statistics", metavar="FILE", type=Path, help="keep those of the reference, as .npz")
     args = parser.parse_args(argv)
     if args.tf32 and (args.backend == "tensorflow" or not torch.cuda.is_available()):
         raise ValueError("--tf32 needs --backend torch and a CUDA GPU; leave it out")
@@ -74,23 +89,25 @@ def evaluate(args: argparse.Namespace) -> int:
     script.allow_tf32(products=False, convolutions=args.tf32)
     torch.backends.cudnn.deterministic = True
     with torch.inference_mode():
-        result = measure(args, device)
+        result, reference = measure(args, device)
     distributed.print0(results.lines(result["metrics"]), end="")
     distributed.from_main(lambda: results.write(result, Path(args.sample_batch)))
+    if args.save_statistics:
+        distributed.from_main(lambda: results.write_statistics(args.save_statistics, reference.statistics, result))
     return script.DONE
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> dict:
-    """On the main process, `metrics` by name (None: not available) and everything that made them."""
+def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict, Evaluated]:
+    """`metrics` by name (None: not available) and everything that made them; the reference."""
     started = time.monotonic()
     with distributed.all_or_none():
-        files = NpzReader(args.ref_batch), NpzReader(args.sample_batch)
+        files = open_images(args.ref_batch), open_images(args.sample_batch)
         check_inputs(*files)
     paths = [file.path for file in files]
-    distributed.from_main(lambda: results.check_outputs(*paths, cache_features=args.cache_features))
+    distributed.from_main(lambda: results.check_outputs(*paths, args.cache_features, args.save_statistics))
     notes = inspect(*files)
     for note in notes:
-        distributed.print0(f"warning: {note}", file=sys.stderr)
+        distributed.print0(f"warning: {script.printable(note)}", file=sys.stderr)
     batch_size = min(args.batch_size or (2 if device.type == "cpu" else 64), max(file.count for file in files))
     with distributed.all_or_none():
         workers = min(choose_workers(args, device, batch_size, file) for file in files if file.count)
@@ -105,10 +122,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     if reference.features:
         pools = reference.features.pool.to(device), samples.features.pool.to(device)
         metrics["Precision"], metrics["Recall"] = precision_recall(*pools, half=args.pr_dtype == "float16")
+        metrics["MIND"] = distributed.from_main(lambda: mind(pools[1], pools[0], seed=MIND_SEED))
     made_by = provenance.provenance(device)
     if args.backend == "tensorflow":
         made_by["versions"] = provenance.versions("tensorflow")
-    return {
+    result = {
         "metrics": metrics,
         "reference": reference.record(),
         "samples": samples.record(),
@@ -118,17 +136,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         "batch_size": batch_size,
         "dtypes": {
             "network": "tf32" if args.tf32 else "float32",
-            "precision and recall": args.pr_dtype,
+            "precision and recall": args.pr_dtype,  # and the features that MIND takes
             "statistics": "float64",
         },
         **made_by,
+        "seeds": {"MIND": MIND_SEED},
         "warnings": notes,
         "seconds": {"features": extracted - started, "metrics": time.monotonic() - extracted},
     }
+    return result, reference
 
 
 def extract_all(
-    args: argparse.Namespace, device: torch.device, files: tuple[NpzReader, ...], batch_size: int, workers: int
+    args: argparse.Namespace, device: torch.device, files: tuple[Images, ...], batch_size: int, workers: int
 ) -> tuple[list[Evaluated], dict]:
     """Both files evaluated, and the record of the weights. The network lives here only."""
     path = distributed.from_main(lambda: inception_weights.find_weights(args.inception))
@@ -154,7 +174,7 @@ def extract_all(
         extractor = stack.enter_context(Extractor(network, batch_size, device, workers))
         stack.callback(abandoned.set)
 
-        def compute(file: NpzReader) -> tuple[Features, str]:
+        def compute(file: Images) -> tuple[Features, str]:
             checksum = background.submit(file.sha256, abandoned) if distributed.is_main() else None
             length = batch_size * -(-file.count // (batch_size * PARTS))
             batches = read_parts(file, length, at_once=4 * workers * batch_size)
@@ -177,7 +197,7 @@ def extract_all(
     return found, weights_record
 
 
-def choose_workers(args: argparse.Namespace, device: torch.device, batch_size: int, file: NpzReader) -> int:
+def choose_workers(args: argparse.Namespace, device: torch.device, batch_size: int, file: Images) -> int:
     """How many batches of a file's images are in work at once."""
     cores = torch.get_num_threads() if device.type == "cpu" and args.backend == "torch" else 1
     try:
@@ -201,44 +221,14 @@ def load_network(
 
 
 def distances(reference: Evaluated, samples: Evaluated) -> dict[str, float]:
-    """FID and sFID; statistics that a reference file brings along count before those of its images."""
-    ours, found = samples.features.statistics, {}
-    theirs = {**(reference.features.statistics if reference.features else {}), **reference.file.statistics}
+    """FID and sFID, as far as the reference has statistics."""
+    ours, theirs, found = samples.features.statistics, reference.statistics, {}
     for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         if mu in theirs:
             found[name] = frechet.frechet_distance(ours[mu], ours[sigma], theirs[mu], theirs[sigma])
             if not np.isfinite(found[name]):
                 raise ValueError(f"{name} is {found[name]}: are {mu} and {sigma} of {reference.file.path} right?")
     return found
-
-
-def check_inputs(reference: NpzReader, samples: NpzReader) -> None:
-    """Raise ValueError for files that cannot be evaluated."""
-    if not samples.count:
-        raise ValueError(f"{samples.path}: has statistics only; samples need images (arr_0)")
-    if samples.count < 2:
-        raise ValueError(f"{samples.path}: has 1 image; a covariance needs 2")
-    for file in (reference, samples):
-        if reference.count and file.count <= NEIGHBOUR:
-            raise ValueError(f"{file.path}: has {file.count} images; precision and recall need {NEIGHBOUR + 1}")
-
-
-def inspect(reference: NpzReader, samples: NpzReader) -> list[str]:
-    """What about the two files makes their numbers differ from published ones, a line each."""
-    notes = []
-    if samples.count != PUBLISHED_COUNT:
-        notes.append(f"{samples.count} samples; published numbers use {PUBLISHED_COUNT}")
-    for file, counts in ((samples, True), (reference, "mu" not in reference.statistics)):
-        if counts and 0 < file.count < POOL_DIM:
-            notes.append(f"{file.path.name} has {file.count} images: below {POOL_DIM}, FID is biased upwards by much")
-    sizes = [f"{file.height} x {file.width}" for file in (reference, samples) if file.count]
-    if len(set(sizes)) > 1:
-        notes.append(f"reference images are {sizes[0]}, samples {sizes[1]}: each is resized to 299 x 299 on its own")
-    if reference.count and ("mu" in reference.statistics) != ("mu_s" in reference.statistics):
-        notes.append(f"{reference.path.name} has statistics for one of FID and sFID; the other is of its images")
-    if samples.count > frechet.INCEPTION_SCORE_BLOCK and samples.labels is not None and looks_sorted(samples.labels):
-        notes.append("labels look sorted: the Inception Score of such a file is too small; shuffle images and labels")
-    return notes
 
 
 def main(argv: list[str] | None = None) -> int:

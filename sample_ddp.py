@@ -9,6 +9,7 @@ batches are kept as shards in the sample folder: the same command continues a ru
 
 import argparse
 import json
+import signal
 import sys
 import time
 import warnings
@@ -16,6 +17,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
@@ -50,6 +54,7 @@ from utils.sampling.shards import (
 )
 
 PUBLISHED = SamplingSettings()
+WAIT_SECONDS = 1800
 
 
 def class_ids(text: str) -> list[int]:
@@ -80,6 +85,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--to-npz", action="store_true", help="join the shards into SAMPLE_DIR/samples.npz at the end")
     add("--save-images", metavar="DIR", help="also write DIR/000000.png, ...")
     add("--mixed-precision", choices=("none", "bf16"), help="default: bf16 on a GPU, none on a CPU")
+    add("--reference-uint8", action="store_true",
+        help="convert to bytes in bf16, as the released code does: 0.4 grey levels brighter")  # fmt: skip
     add("--tf32", action="store_true", help="allow TF32 in float32 products on a GPU")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile and CUDA graphs (default: on a GPU); --no-compile: PyTorch's plain operators, "
@@ -108,7 +115,7 @@ def size_of(config: SphereARConfig) -> tuple[int, ...]:
 def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: str) -> dict:
     """What defines the images of a run, by flag, as JSON gives it back."""
     flags = ("num_fid_samples", "cfg_scale", "cfg_schedule", "num_sampling_steps", "sampler", "global_seed", "labels")
-    flags += ("class_ids", "mixed_precision", "tf32")
+    flags += ("class_ids", "mixed_precision", "reference_uint8", "tf32")
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
     return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
 
@@ -176,7 +183,7 @@ def batch_sampler(args: argparse.Namespace, model: SphereAR, labels: np.ndarray,
             require_finite(tokens, start, args.ckpt)
             for part in models.decode(model, tokens):
                 require_finite(part, start + sum(map(len, pixels)), args.ckpt)
-                pixels.append(to_uint8(part))
+                pixels.append(to_uint8(part, torch.bfloat16 if args.reference_uint8 else torch.float32))
         return np.concatenate(pixels)
 
     return sample
@@ -231,7 +238,8 @@ def finish(args: argparse.Namespace, config: SphereARConfig, labels: np.ndarray,
     if npz.exists():
         print(f"{npz} is already complete", flush=True)
     else:
-        shards = wait_for_shards(folder / "shards", config.svae.image_size, len(labels))
+        patience = WAIT_SECONDS + receipt["seconds_of_last_run"]  # others have as much to do as this process had
+        shards = wait_for_shards(folder / "shards", config.svae.image_size, len(labels), patience)
         if args.to_npz:
             key, record = key_of(receipt["settings"]), lambda checksums: note(folder, {"samples.npz": checksums})
             assemble(npz, shards, labels, config.svae.image_size, key, record)

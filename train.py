@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from dataset import ImageDataset, Sample, build_dataset, train_loader
 from models import PRESETS, SVAE, SphereAR, SphereARConfig, SVAEConfig
@@ -105,7 +105,7 @@ class Stage:
     def check_continues(self, state: dict) -> None:
         """Raises ValueError where the checkpoint `state` cannot be continued in this stage."""
 
-    def finish(self, averaged: nn.Module, data: Dataset, step: int, report: Callable[[str], None]) -> None:
+    def finish(self, averaged: nn.Module, data: ImageDataset, step: int, report: Callable[[str], None]) -> None:
         """What is left to do after the last update and before it is saved."""
 
 
@@ -179,7 +179,7 @@ class SVAEStage(Stage):
         images = self.images(batch)[:NUM_PREVIEWS]
         return torch.cat([images, averaged.decode(averaged.to_tokens(averaged.encode(images).mode())).float()])
 
-    def finish(self, averaged: SVAE, data: Dataset, step: int, report: Callable[[str], None]) -> None:
+    def finish(self, averaged: SVAE, data: ImageDataset, step: int, report: Callable[[str], None]) -> None:
         """Measure the shift and scale of flat latents, which the AR model will need."""
         if not averaged.config.is_flat:
             return

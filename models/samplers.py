@@ -80,15 +80,6 @@ def midpoint(velocity: Velocity, noise: Tensor, times: list[float], update: Call
     return x
 
 
-def heun(velocity: Velocity, noise: Tensor, times: list[float], update: Callable) -> Tensor:
-    """Second order: the slope of a step is the mean of those at its ends; the last step, to t = 1, is Euler's."""
-    dt, x = 1 / len(times), noise[0]
-    for k in range(len(times) - 1):
-        slope = velocity(x, k).float()
-        x = update(x, (slope + velocity(update(x, slope, dt), k + 1).float()) / 2, dt)
-    return update(x, velocity(x, len(times) - 1), dt)
-
-
 def adams_bashforth(velocity: Velocity, noise: Tensor, times: list[float], update: Callable) -> Tensor:
     """Second order with one velocity per step: its slope goes on as the last two changed. The first step is Euler's."""
     dt, x, before = 1 / len(times), noise[0], None
@@ -127,7 +118,6 @@ SAMPLERS = {
     "sde": Sampler(euler_maruyama, euler_maruyama_update, uniform_times, lambda num_steps: num_steps + 1),  # published
     "ode": Sampler(euler, euler_update, uniform_times, lambda num_steps: 1),
     "midpoint": Sampler(midpoint, euler_update, halved_times, lambda num_steps: 1),
-    "heun": Sampler(heun, euler_update, even_times, lambda num_steps: 1),
     "ab2": Sampler(adams_bashforth, euler_update, even_times, lambda num_steps: 1),
     "sde-2m": Sampler(sde_2m, renoise_update, even_times, lambda num_steps: num_steps),
 }

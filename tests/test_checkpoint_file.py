@@ -42,8 +42,9 @@ def test_flipped_bytes_are_never_silently_wrong(tmp_path):
         (b" \n<!DOCTYPE html>\n<html><body>404</body></html>", "is a web page"),
         (b"<html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n", "is a Git-LFS pointer"),
-        (b"some text\n" * 100, "not a readable checkpoint: no file of torch.save"),
+        (b"some text\n", "not a readable checkpoint: no file of torch.save"),
         (pickle.dumps({"model": {}}, protocol=4), "not a readable checkpoint: no file of torch.save"),
+        (bytes(range(128, 256)) * 9, "not a readable checkpoint: no file of torch.save"),
         (b"PK\x03\x04" + bytes(200), "not a readable checkpoint: damaged or cut short"),
     ],
 )
@@ -75,7 +76,7 @@ def test_a_file_with_code_in_it_is_refused_without_torchs_advice(tmp_path):
     torch.save({"model": {"a": Code()}}, tmp_path / "model.pt")
     with pytest.raises(ValueError) as caught:
         read(tmp_path / "model.pt")
-    assert "more than weights" in str(caught.value) and "weights_only" not in str(caught.value)
+    assert "holds posix.system, which is not run" in str(caught.value) and "weights_only" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
 
 

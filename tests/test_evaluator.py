@@ -1,10 +1,12 @@
 """evaluator.py as a command: TensorFlow's numbers, any number of processes, every bad input in one line."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +29,10 @@ from tests.helpers.graph_def import inception_graph
 from utils.evaluation import features as evaluation_features
 from utils.evaluation import frechet
 from utils.evaluation.inception_weights import installed_file
+from utils.evaluation.mind import mind
 from utils.evaluation.npz_reader import NpzReader
 from utils.files import read_json
+from utils.images import write_png
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +78,8 @@ def test_the_five_numbers_are_the_published_ones_on_1_2_and_4_processes(files, g
         == "".join(f"{name}: {value}\n" for name, value in metrics.items())
         == samples.with_suffix(".txt").read_text()
     )
-    assert list(metrics) == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+    assert list(metrics) == ["Inception Score", "FID", "sFID", "Precision", "Recall", "MIND"]
+    assert record["seeds"] == {"MIND": 2020}
     assert read_json(samples.with_suffix(".json"), "")["receipt"] == 1
     for word in (
         "12 samples; published numbers use 50000",
@@ -96,6 +101,7 @@ def test_the_five_numbers_are_the_published_ones_on_1_2_and_4_processes(files, g
     # Random weights give features so close together that float16 is noise: test_precision_recall.py judges it.
     expected = brute_force(pool.numpy(), other_pool.numpy())
     assert (metrics["Precision"], metrics["Recall"]) == pytest.approx(expected, abs=1e-3)
+    assert metrics["MIND"] == pytest.approx(mind(other_pool, pool, seed=2020), rel=1e-4)
     for name, mine, other in (("FID", pool, other_pool), ("sFID", spatial, other_spatial)):
         # Few images: the covariances restricted to their span have the same trace of the root, and sqrtm is quick.
         basis = np.linalg.qr(torch.cat([mine, other]).double().numpy().T)[0]
@@ -129,11 +135,11 @@ def test_the_tensorflow_backend_agrees_and_needs_the_graph(files, graph, capfd):
         assert "executes the original graph" in capfd.readouterr().err
 
 
-def test_without_a_classifier_four_metrics(files, instant, capfd):
+def test_without_a_classifier_the_other_metrics(files, instant, capfd):
     assert run(files / "reference.npz", files / "samples.npz") == 0
     out = capfd.readouterr().out.splitlines()
     assert out[0].startswith("Inception Score: not available (these weights have no classifier")
-    assert [line.split(":")[0] for line in out[1:]] == ["FID", "sFID", "Precision", "Recall"]
+    assert [line.split(":")[0] for line in out[1:]] == ["FID", "sFID", "Precision", "Recall", "MIND"]
     assert all(np.isfinite(float(line.split(":")[1])) for line in out[1:])
     assert evaluation(files / "samples.npz")["metrics"]["Inception Score"] is None
 
@@ -159,7 +165,7 @@ def test_a_reference_of_statistics_only(files, tmp_path, instant, capfd):
     found = evaluation(files / "samples.npz")["metrics"]
     assert found["FID"] == pytest.approx(expected["FID"], rel=1e-9)
     assert found["sFID"] == pytest.approx(expected["sFID"], rel=1e-9)
-    assert found["Precision"] is None and found["Recall"] is None
+    assert found["Precision"] is found["Recall"] is found["MIND"] is None
     assert "Precision: not available" in capfd.readouterr().out
     # Statistics beside images win: they describe the whole data set.
     images = reader.read(0, 16)
@@ -180,6 +186,47 @@ def test_a_reference_of_statistics_only(files, tmp_path, instant, capfd):
     capfd.readouterr()
     assert run(files / "reference.npz", tmp_path / "statistics.npz") == 2
     assert "samples need images" in capfd.readouterr().err
+
+
+def test_a_folder_of_pngs_gives_the_numbers_of_its_npz(files, tmp_path, instant, capfd):
+    folder = tmp_path / "run1.5"  # what follows the point belongs to the name
+    folder.mkdir()
+    for index, image in enumerate(NpzReader(files / "samples.npz").read(0, 12)):
+        write_png(folder / f"{index}.png", image)  # 10.png comes after 9.png
+    assert run(files / "reference.npz", files / "samples.npz") == 0
+    expected = evaluation(files / "samples.npz")
+    for _ in range(2):
+        assert run(files / "reference.npz", folder, "--cache-features") == 0
+    found = read_json(tmp_path / "run1.5.json", "")["evaluation"]
+    assert found["metrics"] == expected["metrics"]
+    assert found["samples"]["features_from_cache"] and len(found["samples"]["sha256"]) == 64
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run1.5",
+        *(f"run1.5.{end}" for end in ("json", "txt", "features.npz")),
+    }
+    assert run(folder, files / "samples.npz") == 0
+    assert evaluation(files / "samples.npz")["metrics"]["FID"] < 1e-9
+    (files / "reference.features.npz").unlink()
+
+
+def test_saved_statistics_are_a_reference_by_themselves(files, tmp_path, instant, capfd):
+    saved = tmp_path / "reference_statistics.npz"
+    assert run(files / "reference.npz", files / "samples.npz", "--save-statistics", saved) == 0
+    expected = evaluation(files / "samples.npz")
+    with np.load(saved) as archive:
+        assert archive.files == ["mu", "sigma", "mu_s", "sigma_s", "record"]
+        record = json.loads(bytes(archive["record"]))
+    assert record["reference"] == expected["reference"] and record["weights"]["sha256"] == "0"
+    assert run(saved, files / "samples.npz") == 0
+    found = evaluation(files / "samples.npz")["metrics"]
+    assert (found["FID"], found["sFID"]) == (expected["metrics"]["FID"], expected["metrics"]["sFID"])
+    assert found["Precision"] is found["MIND"] is None
+    content, done = saved.read_bytes(), instant.images
+    capfd.readouterr()
+    for path, message in ((saved, "exists; take it as the reference"), (tmp_path / "gone" / "x", "is no folder that")):
+        assert run(files / "reference.npz", files / "samples.npz", "--save-statistics", path) == 2
+        assert f"--save-statistics {path}: " in (err := capfd.readouterr().err) and message in err
+    assert saved.read_bytes() == content and instant.images == done
 
 
 @pytest.mark.parametrize("flags", [(), ("--cache-features",)])
@@ -207,6 +254,41 @@ def test_ctrl_c_is_one_line_and_writes_nothing(files, tmp_path, instant, capfd, 
     out, err = capfd.readouterr()
     assert out == "" and "evaluator.py: stopped; no numbers were written" in err
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_ctrl_c_while_it_starts_leaves_no_traceback(tmp_path):
+    """Within the seconds of imports, before the handlers of utils.script are there."""
+    process = subprocess.Popen([sys.executable, "-X", "importtime", "evaluator.py", "a", "b"], cwd=ROOT, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    for line in process.stderr:
+        if "numpy" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in err and "evaluator.py" not in err
+
+
+def test_any_file_name_will_do_and_none_reaches_the_terminal_as_it_is(files, tmp_path, instant, capfd):
+    samples = tmp_path / "s\udcffmples\x1b[31m.npz"  # bytes that are no UTF-8, and a terminal's command
+    samples.write_bytes((files / "samples.npz").read_bytes())
+    assert run(files / "reference.npz", samples) == 0
+    assert evaluation(samples)["samples"]["path"] == str(samples)
+    assert "\x1b[31m" not in capfd.readouterr().err
+    assert run(samples.with_suffix(".json"), samples) == 2
+    err = capfd.readouterr().err
+    assert "s\\udcffmples\\x1b[31m.json" in err and "\x1b" not in err
+
+
+def test_torchs_own_warnings_are_shown(files, instant, monkeypatch):
+    """Such as that no GPU is found because the driver is too old."""
+
+    def is_available():
+        warnings.warn_explicit("CUDA initialization: too old", UserWarning, "torch/cuda.py", 1, module="torch.cuda")
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    with pytest.warns(UserWarning, match="too old"):
+        assert run(files / "reference.npz", files / "samples.npz") == 0
 
 
 def test_features_that_are_not_finite_are_an_error(files, instant, capfd):
@@ -256,11 +338,14 @@ BAD = {
     "damaged|cut short|beyond|not where": cut_inside,
     "no .npz file": lambda path: path.write_bytes(b"text"),
     "no .npz file, or": lambda path: path.write_bytes(b""),
+    "it is empty": lambda path: path.write_bytes(b""),
+    "it is a web page": lambda path: path.write_bytes(b"<!doctype html>\n<html>"),
+    "it is a Git-LFS pointer": lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
     "no such file": lambda path: None,
     "Fortran": lambda path: np.savez(path, np.asfortranarray(good())),
     "only one of mu and sigma": lambda path: np.savez(path, mu=np.zeros(2048)),
     "mu is float64 of shape": lambda path: np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 3))),
-    "Is a directory": lambda path: path.mkdir(),
+    "is a folder without PNG files": lambda path: path.mkdir(),
     "sigma is no covariance": lambda path: np.savez(path, mu=np.zeros(2048), sigma=-np.eye(2048)),
     "sigma is no covariance: not": lambda path: np.savez(path, mu=np.zeros(2048), sigma=np.tri(2048)),
     "sigma is no covariance: not symmetric": lambda path: np.savez(

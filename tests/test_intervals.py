@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from utils.frechet import Moments, frechet_distance
 
+from utils.evaluation.frechet import Moments, frechet_distance
 from utils.evaluation.intervals import bootstrap_interval, extrapolate
 
 

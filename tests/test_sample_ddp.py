@@ -2,9 +2,12 @@
 
 import errno
 import json
+import os
 import signal
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +85,16 @@ def test_the_batch_size_changes_nothing_but_rounding(sample):
     assert (labels3 == labels8).all()
     assert np.abs(three.astype(int) - eight).max() <= 1
     assert (three == eight).mean() > 0.99
+
+
+def test_the_released_conversion_to_bytes_is_asked_for(sample, capsys):
+    ours, released = (
+        load(sample(name, "--num-fid-samples", 4, "--to-npz", *flags)[1])[0].astype(int)
+        for name, flags in (("ours", ()), ("released", ("--reference-uint8",)))
+    )
+    assert np.abs(released - ours).max() <= 1 and 0.05 < (released - ours).mean() < 0.6
+    assert sample("ours", "--num-fid-samples", 4, "--reference-uint8")[0] == 2
+    assert "--reference-uint8: False there, True now" in capsys.readouterr().err
 
 
 def test_the_receipt_names_the_linear_layers_ways(sample, monkeypatch):
@@ -165,6 +178,60 @@ def test_signals_end_cleanly_and_keep_what_was_finished(ckpt, tmp_path, number):
     assert process.returncode == 128 + number
     assert "finished batches are kept" in errors and "Traceback" not in errors
     assert list((tmp_path / "shards").glob("*.npy")) and not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_a_contact_sheet_that_fails_costs_no_npz(sample, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("utils.images.class_names", lambda _: 1 / 0)
+        sample("run", "--num-fid-samples", 2, "--to-npz")
+    code, folder = sample("run", "--num-fid-samples", 2, "--to-npz")
+    assert code == 0 and (folder / "contact_sheet.png").exists()
+    assert json.loads((folder / "samples.json").read_text())["images_in_last_run"] == 2  # of the first run
+
+
+def maps(process):
+    return Path(f"/proc/{process.pid}/maps").read_text() if process.poll() is None else ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_in_the_first_seconds_prints_no_traceback(ckpt, tmp_path):
+    process = start(ckpt, tmp_path, "--num-fid-samples", 2000)
+    while "libtorch" not in maps(process):  # is being imported
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=25)[1]
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+
+
+def children(pid):
+    """Processes that a process has started."""
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    parents = {int(stat.split()[0]): int(stat.rpartition(")")[2].split()[1]) for stat in stats}
+    return [child for child, parent in parents.items() if parent == pid]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes end with their parent on Linux only")
+def test_when_torchrun_is_killed_its_processes_end_and_the_folder_is_free(sample, ckpt, tmp_path):
+    flags = "--num-fid-samples", 2000, "--per-proc-batch-size", 2
+    torchrun = start(ckpt, tmp_path / "run", *flags, processes=2)
+    wait_for_first_shard(tmp_path / "run", torchrun)
+    workers = children(torchrun.pid)
+    assert len(workers) == 2
+    torchrun.send_signal(signal.SIGKILL)
+    torchrun.wait()
+    end = time.monotonic() + 20
+    while (alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end:
+        time.sleep(0.1)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert not alive
+    again = start(ckpt, tmp_path / "run", *flags)
+    count = len(list((tmp_path / "run" / "shards").glob("*.npy")))
+    while len(list((tmp_path / "run" / "shards").glob("*.npy"))) <= count:  # it continues
+        assert again.poll() is None, again.stderr.read()
+        time.sleep(0.05)
+    again.kill()
+    again.communicate()
 
 
 # ---- nothing of another run, and nothing taken away ------------------------------------------------------------------

@@ -4,6 +4,8 @@ import errno
 import resource
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from utils.sampling.shards import (
     read_image,
     remove_shards,
     verified_shards,
+    wait_for_shards,
     write_shard,
 )
 
@@ -97,6 +100,23 @@ def test_foreign_files_are_skipped(shards):
     for name in ("my-file.npy", "1-2.npy", "00000003-00000007-00000009.npy"):
         np.save(shards / name, IMAGES[:1])
     assert list(finished_shards(shards, SIZE, 10)) == [(0, 3), (3, 7), (7, 10)]
+
+
+def test_shards_of_other_processes_are_waited_for(shards, tmp_path):
+    late = tmp_path / "00000003-00000007.npy"
+    late.rename(tmp_path / "late")
+    timer = threading.Timer(0.7, lambda: (tmp_path / "late").rename(late))
+    timer.start()
+    assert list(wait_for_shards(shards, SIZE, 10, patience=60)) == [(0, 3), (3, 7), (7, 10)]
+    timer.join()
+
+
+def test_shards_that_do_not_come_are_not_waited_for_for_ever(shards):
+    (shards / "00000003-00000007.npy").unlink()
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="image 3 and others do not come, for 0 minutes"):
+        wait_for_shards(shards, SIZE, 10, patience=1.2)
+    assert 1.2 < time.monotonic() - start < 10
 
 
 def test_a_shard_beyond_the_last_image_is_no_image_of_this_run(shards):

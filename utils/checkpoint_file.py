@@ -6,6 +6,7 @@ A file is what torch.save writes: a zip whose members carry CRC32s.
 import argparse
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -19,8 +20,7 @@ from utils.files import atomic_file, sha256
 T = TypeVar("T")
 MISTAKEN = {  # how a file begins that is often taken for a checkpoint -> what it is
     b"version https://git-lfs": "is a Git-LFS pointer in the place of the file: run git lfs pull",
-    b"<!doctype": "is a web page, not a checkpoint: download the file itself",
-    b"<html": "is a web page, not a checkpoint: download the file itself",
+    b"<": "is a web page, not a checkpoint: download the file itself",
 }
 
 
@@ -101,7 +101,7 @@ def _stamp(path: str) -> tuple[int, ...]:
 
 
 def _what_is_wrong(path: str | Path, error: Exception) -> str:
-    """Why a file could not be read. torch's own advice, to read it without protection, is never repeated."""
+    """Why a file could not be read, in one line. torch's own advice, to read it unprotected, is never repeated."""
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or _first_line(error)}"
     with open(path, "rb") as file:
@@ -111,12 +111,17 @@ def _what_is_wrong(path: str | Path, error: Exception) -> str:
     for beginning, what in MISTAKEN.items():
         if start.startswith(beginning):
             return what
+    foreign = re.search(r"(?:GLOBAL|global:?|class) ([\w.]+\.\w+)", str(error))
+    if foreign and isinstance(error, pickle.UnpicklingError):
+        return f"not a readable checkpoint: holds {foreign[1]}, which is not run, not only weights"
+    if not _is_zip(path):
+        return "not a readable checkpoint: no file of torch.save, or damaged"
     if isinstance(error, zipfile.BadZipFile):
         return "not a readable checkpoint: damaged or cut short"
-    if isinstance(error, pickle.UnpicklingError) or not _is_zip(path):
-        return "not a readable checkpoint: no file of torch.save, damaged, or more than weights and plain values in it"
-    return f"not a readable checkpoint (damaged, or not only weights): {_first_line(error)}"
+    return f"not a readable checkpoint: damaged ({_first_line(error)})"
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Of an error's text; what cannot be printed, as "?"."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return "".join(letter if letter.isprintable() else "?" for letter in first)

@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 BLOCK_BYTES = 1 << 22
+MISTAKEN = {  # how a file begins that is often saved in the place of another -> what it is, and the remedy
+    b"<!doctype": "is a web page: download the file itself",
+    b"<html": "is a web page: download the file itself",
+    b"version https://git-lfs": "is a Git-LFS pointer: run git lfs pull",
+}
 
 
 @contextmanager
@@ -111,6 +116,15 @@ def sha256(path: str | Path) -> str:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def mistaken(path: str | Path) -> str | None:
+    """What a file is that was saved in the place of another, and the remedy; None for all others."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if not start:
+        return "is empty: copy or download it again"
+    return next((what for beginning, what in MISTAKEN.items() if start.startswith(beginning)), None)
 
 
 def cache_folder() -> Path:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import atomic_file
 
+IMAGENET_CLASSES = Path(__file__).resolve().parent.parent / "assets" / "imagenet_classes.txt"  # a name per line
 MAX_ROWS, GAP = 10, 2
 
 
@@ -18,9 +19,9 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """(B, 3, S, S) in [-1, 1] -> uint8 (B, S, S, 3), in float32 (bf16 would be biased by 0.4 grey levels)."""
-    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+def to_uint8(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """(B, 3, S, S) in [-1, 1] -> uint8 (B, S, S, 3), computed in `dtype`: bfloat16 is 0.4 grey levels brighter."""
+    return (127.5 * images.to(dtype) + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
@@ -48,9 +49,7 @@ def write_missing_pngs(folder: Path, count: int, read: Callable[[int], np.ndarra
 def class_names(num_classes: int) -> list[str]:
     """ImageNet's names for 1000 classes, plain numbers for any other count."""
     if num_classes == 1000:
-        from torchvision.models import ResNet18_Weights  # here: importing torchvision.models takes a second
-
-        return ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+        return IMAGENET_CLASSES.read_text(encoding="utf-8").splitlines()
     return [str(label) for label in range(num_classes)]
 
 

@@ -176,4 +176,9 @@ def _say(name: str, error: Exception | str) -> None:
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}), encoding="utf-8")
     if distributed.is_main() or not distributed.is_shared(error):
         where = f" (process {distributed.rank()})" if "RANK" in os.environ and not distributed.is_shared(error) else ""
-        print(f"{name}: error{where}: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text as one line, with everything escaped that a terminal would obey or cannot show: file names hold anything."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 import zipfile
 from collections.abc import Callable
@@ -13,15 +14,24 @@ import torch
 from utils import distributed
 from utils.evaluation.features import Features
 from utils.evaluation.npz_reader import DAMAGE, NpzReader
+from utils.evaluation.png_folder import PngFolder
 from utils.files import atomic_file
 
 VERSION = 1  # of our network and statistics; a new number makes feature caches void
 FIRST_MEMBER = b"record.npy"
 
 
+def beside(images: Path, suffix: str) -> Path:
+    """samples.npz + .txt is samples.txt; a folder's whole name counts: the folder run1.5 has run1.5.txt beside it."""
+    if images.is_dir():
+        images = Path(os.path.abspath(images))
+        return images.with_name(images.name + suffix)
+    return images.with_suffix(suffix)
+
+
 def cache_path(images: Path) -> Path:
     """samples.npz keeps its features in samples.features.npz."""
-    return images.with_suffix(".features.npz")
+    return beside(images, ".features.npz")
 
 
 def load_features(images: Path, key: dict, names: set[str]) -> tuple[Features, str] | None:
@@ -62,7 +72,7 @@ def save_features(images: Path, key: dict, features: Features, sha256: str) -> N
 
 
 def cached(
-    file: NpzReader, key: dict, names: set[str], compute: Callable[[], tuple[Features, str]]
+    file: NpzReader | PngFolder, key: dict, names: set[str], compute: Callable[[], tuple[Features, str]]
 ) -> tuple[Features, str, bool]:
     """Features of a file, its sha256, and whether they come from the cache beside it or were computed and saved there.
 

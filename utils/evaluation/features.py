@@ -20,6 +20,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.evaluation.frechet import InceptionScore, Moments
 from utils.evaluation.inception import POOL_DIM, SPATIAL_DIM
+from utils.script import printable
 
 FLOAT16_NORM = 15_000  # squared norms up to this keep all squared distances below float16's largest, 65,504
 MEMORY = 2**30  # bytes of images in work at once, as float32; the process peaks at about three times this
@@ -118,7 +119,8 @@ def extract(
     )
     score = InceptionScore()
     moments = {"": Moments.zeros(POOL_DIM, extractor.device), "_s": Moments.zeros(SPATIAL_DIM, extractor.device)}
-    bar = tqdm(total=count, unit="img", desc=os.path.basename(name), disable=not distributed.is_main(), mininterval=1)
+    label = printable(os.path.basename(name))
+    bar = tqdm(total=count, unit="img", desc=label, disable=not distributed.is_main(), mininterval=1)
     with bar:
         for turn, part in enumerate(my_parts(count, length)):
             features = torch.zeros(world, length, POOL_DIM + SPATIAL_DIM, device=extractor.device)

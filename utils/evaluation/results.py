@@ -1,16 +1,19 @@
-"""Where an evaluation goes: the published evaluator's lines in SAMPLE.txt, everything that made them in SAMPLE.json."""
+"""Where an evaluation goes: the numbers in SAMPLE.txt, what made them in SAMPLE.json, a file of statistics."""
 
+import json
 import os
 from pathlib import Path
 
-from utils.evaluation.feature_cache import cache_path
+import numpy as np
+
+from utils.evaluation.feature_cache import beside, cache_path
 from utils.files import atomic_file, read_json, write_json
 
-METRICS = "Inception Score", "FID", "sFID", "Precision", "Recall"
+METRICS = "Inception Score", "FID", "sFID", "Precision", "Recall", "MIND"  # the published five, and one of ours
 
 
 def lines(metrics: dict[str, float | None]) -> str:
-    """The five lines of the published evaluator."""
+    """The five lines of the published evaluator, and MIND's."""
     reasons = {"Inception Score": 'these weights have no classifier; "--inception download" fetches the original'}
     unavailable = "the reference file has no such data"
     return "".join(
@@ -21,7 +24,7 @@ def lines(metrics: dict[str, float | None]) -> str:
 
 def outputs(samples: Path) -> tuple[Path, Path]:
     """SAMPLE.txt and SAMPLE.json."""
-    return samples.with_suffix(".txt"), samples.with_suffix(".json")
+    return beside(samples, ".txt"), beside(samples, ".json")
 
 
 def recorded(path: Path) -> dict:
@@ -29,20 +32,25 @@ def recorded(path: Path) -> dict:
     return read_json(path, "move it away to let the evaluation be recorded") if path.exists() else {}
 
 
-def check_outputs(reference: Path, samples: Path, *, cache_features: bool = False) -> None:
+def check_outputs(reference: Path, samples: Path, cache_features: bool = False, statistics: Path | None = None) -> None:
     """Raise ValueError, before anything is computed, where the results could not be written or would replace a file.
 
-    What is not ours stays: an input, and a SAMPLE.txt that holds something else than results.
+    What is not ours stays: an input, and a SAMPLE.txt that holds something else than results; a file of statistics
+    (--save-statistics) is never replaced.
     """
+    if statistics and statistics.exists():
+        raise ValueError(f"--save-statistics {statistics}: exists; take it as the reference, or another name")
+    if statistics and not (statistics.parent.is_dir() and os.access(statistics.parent, os.W_OK)):
+        raise ValueError(f"--save-statistics {statistics}: {statistics.parent} is no folder that can be written to")
     caches = [cache_path(path) for path in (reference, samples)] if cache_features else []
     for path in (*outputs(samples), *caches):
         if any(path == given or (path.exists() and path.samefile(given)) for given in (reference, samples)):
             what = "features" if path in caches else "results"
             raise ValueError(f"{path}: the {what} would be written over it; give it another name, ending in .npz")
     numbers, record = outputs(samples)
-    if not os.access(samples.parent, os.W_OK):
+    if not os.access(numbers.parent, os.W_OK):
         raise ValueError(
-            f"{samples.parent}: cannot be written to, but the results go there; link the samples elsewhere"
+            f"{numbers.parent}: cannot be written to, but the results go there; link the samples elsewhere"
         )
     if numbers.exists() and not all(
         line.startswith(METRICS) for line in numbers.read_bytes().decode("latin1").splitlines()
@@ -57,3 +65,11 @@ def write(result: dict, samples: Path) -> None:
     with atomic_file(numbers) as file:
         file.write(lines(result["metrics"]).encode())
     write_json(record, {**recorded(record), "evaluation": result})
+
+
+def write_statistics(path: Path, statistics: dict[str, np.ndarray], result: dict) -> None:
+    """An .npz that is a reference by itself: statistics of the reference, and in `record` (JSON) what made them."""
+    names = "reference", "weights", "backend", "device", "batch_size", "versions", "commit"
+    record = json.dumps({name: result[name] for name in names}).encode()
+    with atomic_file(path) as file:
+        np.savez(file, **statistics, record=np.frombuffer(record, np.uint8))

@@ -95,10 +95,21 @@ def batches_of(missing: list[Range], batch_size: int, rank: int, world_size: int
     return batches[rank::world_size]
 
 
-def wait_for_shards(folder: Path, image_size: int, total: int) -> dict[Range, Path]:
-    """The shards of all processes, once they cover every image. Polls the folder: signals get through, unlike in a
-    collective; when another process fails, torchrun ends this one."""
-    while missing_ranges(list(shards := finished_shards(folder, image_size, total)), total):
+def wait_for_shards(folder: Path, image_size: int, total: int, patience: float) -> dict[Range, Path]:
+    """The shards of all processes, once they cover every image.
+
+    Polls the folder: signals get through, unlike in a collective. When another process fails, torchrun ends this one;
+    TimeoutError where nothing ends it, but no shard was added for `patience` seconds.
+    """
+    before, since = {}, time.monotonic()
+    while missing := missing_ranges(list(shards := finished_shards(folder, image_size, total)), total):
+        if shards.keys() != before.keys():
+            before, since = shards, time.monotonic()
+        if time.monotonic() - since > patience:
+            raise TimeoutError(
+                f"{folder}: image {missing[0][0]} and others do not come, for {patience / 60:.0f} minutes: the process "
+                "that was to make them has ended; the same command continues"
+            )
         time.sleep(0.5)
     return shards
 

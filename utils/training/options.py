@@ -186,7 +186,13 @@ def check_together(args: argparse.Namespace) -> None:
         )
 
 
-SVAE_FIELDS = "image_size", "patch_size", "latent_dim", "posterior", "sigma", "projection"
+def given(args: argparse.Namespace, **fields: str) -> dict:
+    """Those of the flags that were given, by the name of the field that each sets: field="flag"."""
+    values = {field: getattr(args, name) for field, name in fields.items()}
+    return {field: value for field, value in values.items() if value is not None}
+
+
+SVAE_FIELDS = {name: name for name in ("image_size", "patch_size", "latent_dim", "posterior", "sigma", "projection")}
 AR_FIELDS = {
     "num_classes": "num_classes", "num_class_tokens": "cls_token_num", "class_dropout_prob": "class_dropout",
     "diffusion_batch_mul": "diff_batch_mul",
@@ -195,8 +201,7 @@ AR_FIELDS = {
 
 def svae_config(args: argparse.Namespace, preset):
     """The S-VAE's config: the preset's (models.SVAEConfig) with what the flags change."""
-    given = {name: getattr(args, name) for name in SVAE_FIELDS}
-    return preset.changed(**{name: value for name, value in given.items() if value is not None})
+    return preset.changed(**given(args, **SVAE_FIELDS))
 
 
 def ar_config(args: argparse.Namespace, preset, svae):
@@ -204,17 +209,15 @@ def ar_config(args: argparse.Namespace, preset, svae):
 
     Raises ValueError where a flag contradicts that S-VAE, or where it is not ready.
     """
-    for name in SVAE_FIELDS:
-        asked, trained = getattr(args, name), getattr(svae, name)
-        if asked not in (None, trained):
+    for name, asked in given(args, **SVAE_FIELDS).items():
+        if asked != getattr(svae, name):
             raise ValueError(
-                f"{flag(name)} {asked}: the S-VAE {args.trained_vae} was trained with {trained}; leave the flag out, "
-                "or give the S-VAE that fits"
+                f"{flag(name)} {asked}: the S-VAE {args.trained_vae} was trained with {getattr(svae, name)}; "
+                "leave the flag out, or give the S-VAE that fits"
             )
     if svae.is_flat and svae.latent_scale is None:
         raise ValueError(f"--trained-vae {args.trained_vae}: its latents' scale is not measured yet; end its training")
-    given = {field: getattr(args, name) for field, name in AR_FIELDS.items()}
-    return dataclasses.replace(preset, svae=svae, **{name: value for name, value in given.items() if value is not None})
+    return dataclasses.replace(preset, svae=svae, **given(args, **AR_FIELDS))
 
 
 def check_run(args: argparse.Namespace, steps_per_epoch: int) -> int:
