@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils import distributed
+from utils import distributed, early
 
 END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,6 +128,7 @@ def run(
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     raise_on_signals()
+    early.end_with_torchrun()
     try:
         try:
             args = parse(argv)
