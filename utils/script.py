@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils import distributed
+from utils import distributed, early
 from utils.files import printable
 
 END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
@@ -129,6 +129,7 @@ def run(
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     raise_on_signals()
+    early.end_with_torchrun()
     try:
         try:
             args = parse(argv)
