@@ -38,14 +38,18 @@ def vgg_weights(file: str | Path | None = None) -> dict[str, Tensor]:
 
     Raises ValueError when the file holds something else or the download fails.
     """
+    url = VGG16_Weights.IMAGENET1K_V1.url
     try:
         if file is not None:
             return torch.load(file, map_location="cpu", weights_only=True)
-        url = VGG16_Weights.IMAGENET1K_V1.url
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # network, file system, damaged or hostile file
         remedy = "give torchvision's vgg16-397923af.pth with --vgg-weights FILE, or set --perceptual-weight 0"
-        raise ValueError(f"--vgg-weights {file}: VGG16's weights cannot be read ({error}); {remedy}") from error
+        if file is None or isinstance(error, OSError):
+            reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        else:  # torch's own advice, to read it without protection, is never repeated
+            reason = "no file of weights, or damaged"
+        raise ValueError(f"--vgg-weights {file or url}: VGG16's weights cannot be read ({reason}); {remedy}") from error
 
 
 class LPIPS(nn.Module):

@@ -186,7 +186,7 @@ def test_too_many_bad_steps_stop_with_a_checkpoint_from_before(ar, tmp_path, mon
         (["--global-batch-size", 9, "--grad-accum-steps", 2], r"--global-batch-size 9 must be a multiple.* 8 would do"),
         (["--global-batch-size", 64], "--global-batch-size 64"),
         (["--warmup-steps", 21, "--max-steps", 20], r"--warmup-steps 21: the run has only 20 steps; lower it"),
-        (["--trained-vae", "nowhere.pt"], r"--trained-vae nowhere.pt: no such checkpoint"),
+        (["--trained-vae", "nowhere.pt"], r"--trained-vae .*nowhere.pt: no such checkpoint"),
         (["--vae-only"], "--trained-vae .* leave it"),
         (["--latent-dim", 16], r"--latent-dim 16: the S-VAE .* was trained with 8"),
         (["--image-size", 64], r"--image-size 64: the S-VAE .* was trained with 32"),

@@ -120,3 +120,67 @@ def test_an_error_of_one_process_ends_all_with_one_line(files, tmp_path, prepare
     lines = [line for line in output.splitlines() if "train.py: error" in line]
     assert len(lines) == 1 and message in lines[0], output
     assert "Traceback" not in output.partition("ChildFailedError")[0].rpartition("Traceback")[0], output
+
+
+def process_of(pid: int, name: str) -> list[int]:
+    """Those of what a process started whose command line has a name."""
+    return [child for child in descendants(pid) if name.encode() in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def lose_a_worker(process, data: Path) -> None:
+    """SIGKILL one of the processes that load images, as the system does when memory is short."""
+    trainers = process_of(process.pid, "train.py") or [process.pid]
+    trainer = next(pid for pid in (process.pid, *trainers) if len(descendants(pid)) == 2)
+    os.kill(descendants(trainer)[-1], signal.SIGKILL)
+
+
+def lose_the_data(process, data: Path) -> None:
+    data.rename(data.with_suffix(".gone"))
+    data.with_suffix(".gone").write_bytes(b"")  # the open file is cut short
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(("lose", "says"), [(lose_a_worker, "was killed"), (lose_the_data, "train.tar")])
+def test_a_loader_that_fails_ends_all_within_seconds_and_keeps_the_checkpoint(tmp_path, files, processes, lose, says):
+    data = tmp_path / "train.tar"
+    data.write_bytes(files[0].read_bytes())
+    command = flags(data, tmp_path / "run", "--max-steps", 1000, "--num-workers", 2, "--save-every", 2, svae=files[1])
+    process = start(*command, processes=processes)
+    small_run.wait_for(process, " 4/1000")
+    everybody = [process.pid, *descendants(process.pid)]
+    lost = time.monotonic()
+    lose(process, data)
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - lost < 20
+    assert process.returncode not in (0, 134), output
+    lines = [line for line in output.splitlines() if line.startswith("train.py: error")]
+    assert len(lines) >= 1 and all(says in line for line in lines), output
+    assert output.count("Traceback") == bool(processes), output  # torchrun's own
+    assert last(command)["step"] >= 2
+    time.sleep(1.5)  # a loader's worker looks for its parent once a second
+    assert not [pid for pid in everybody if lives(pid)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_what_torchrun_started_ends_with_it(files, tmp_path, number):
+    """SIGUSR1 ends torchrun itself at once, as it does any Python without a handler."""
+    command = flags(files[0], tmp_path / "run", "--max-steps", 1000, "--num-workers", 1, svae=files[1])
+    process = start(*command, processes=2)
+    small_run.wait_for(process, " 2/1000")
+    everybody = descendants(process.pid)
+    process.send_signal(number)
+    ended = time.monotonic()
+    output, _ = process.communicate(timeout=60)  # until the last of them has closed it
+    assert time.monotonic() - ended < 25
+    assert process.returncode == -number
+    assert "stopped by a signal after step" in output
+    assert last(command)["step"] >= 2
+    time.sleep(1.5)  # a loader's worker looks for its parent once a second
+    assert not [pid for pid in everybody if lives(pid)]

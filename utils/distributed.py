@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+DEVICES = Path("/dev")
 TOLD = ValueError, OSError, FloatingPointError  # errors that processes tell each other; the first that fits is raised
 
 
@@ -57,17 +58,17 @@ def _default_signals() -> Iterator[None]:
 def _has_nvidia_gpu() -> bool:
     """Whether this machine shows one to us, as far as its files tell."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+    return not hidden and any(DEVICES.glob("nvidia[0-9]*"))
 
 
 def _tell_of_unused_gpu() -> None:
     """Say it where torch cannot use this machine's GPU. ValueError where several processes would share its CPU."""
-    if not _has_nvidia_gpu():
+    if torch.version.cuda is None or not _has_nvidia_gpu():
         return
     try:
         torch.cuda.init()
         reason = "no reason is given"
-    except (AssertionError, RuntimeError) as error:  # built without CUDA, or a driver older than its CUDA
+    except RuntimeError as error:  # such as a driver older than its CUDA
         reason = str(error).strip().splitlines()[0]
     text = (
         f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: {reason}. "

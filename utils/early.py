@@ -12,13 +12,18 @@ PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent is
 
 
 def end_when_told() -> None:
-    """Ctrl-C ends the script silently until `script.run` takes over; torchrun's end, however it comes, is a SIGTERM.
-
-    Without the latter, training goes on as an orphan when torchrun is killed by a signal that it does not pass on.
-    """
+    """Ctrl-C ends the script silently until `script.run` takes over, and so does torchrun's end."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_torchrun()
+
+
+def end_with_torchrun() -> None:
+    """When the torchrun that started this process is gone, however it ended, the kernel sends a SIGTERM (Linux only).
+
+    Else the process would go on as an orphan where torchrun is killed, or gets a signal that it does not pass on.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # it ended between these lines
             os.kill(os.getpid(), signal.SIGTERM)

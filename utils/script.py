@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils import distributed
+from utils import distributed, early
 from utils.files import printable
 
 END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
@@ -129,6 +129,7 @@ def run(
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     raise_on_signals()
+    early.end_with_torchrun()
     try:
         try:
             args = parse(argv)
@@ -146,6 +147,9 @@ def run(
         _say(name, f"{str(error).splitlines()[0]} {out_of_memory}")
         return FAILED
     except RuntimeError as error:
+        if "DefaultCPUAllocator: " in str(error):  # what a CPU has instead of an OutOfMemoryError
+            _say(name, f"{str(error).splitlines()[0].rpartition('DefaultCPUAllocator: ')[2]}. {out_of_memory}")
+            return FAILED
         if not distributed.lost_another(error):
             raise
         warn(f"{name}: process {distributed.rank()} ends because another one has: {str(error).splitlines()[0]}")

@@ -186,6 +186,12 @@ def check_together(args: argparse.Namespace) -> None:
         )
 
 
+def given(args: argparse.Namespace, **fields: str) -> dict:
+    """Those of the flags that were given, by the name of the field that each sets: field="flag"."""
+    values = {field: getattr(args, name) for field, name in fields.items()}
+    return {field: value for field, value in values.items() if value is not None}
+
+
 SVAE_FIELDS = {name: name for name in ("image_size", "patch_size", "latent_dim", "posterior", "sigma", "projection")}
 AR_FIELDS = {
     "num_classes": "num_classes", "num_class_tokens": "cls_token_num", "class_dropout_prob": "class_dropout",

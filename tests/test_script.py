@@ -1,0 +1,70 @@
+"""The one way in which a script ends: exit code, one line, the same in torchrun's summary."""
+
+import argparse
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from utils import script
+
+
+def run(body, parse=lambda argv: argparse.Namespace()) -> int:
+    return script.run("x.py", parse, body, [], when_stopped="run it again", out_of_memory="Take less.")
+
+
+def failing(error):
+    def body(args):
+        raise error
+
+    return body
+
+
+def test_a_run_that_ends_well_says_nothing(capsys):
+    assert run(lambda args: 0) == 0 and run(lambda args: 7) == 7
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("--x 3: too large"), 2, "x.py: error: --x 3: too large"),
+        (OSError(2, "No such file", "y"), 2, "x.py: error: [Errno 2] No such file: 'y'"),
+        (FloatingPointError("loss"), 1, "x.py: error: loss"),
+        (torch.OutOfMemoryError("Tried 3 GiB.\nmore"), 1, "x.py: error: Tried 3 GiB. Take less."),
+        (
+            RuntimeError("[/torch/gloo/transport/tcp/pair.cc:5] Connection closed by peer\nmore"), 1,
+            "x.py: process 0 ends because another one has: [/torch/gloo/transport/tcp/pair.cc:5] Connection closed by "
+            "peer",
+        ),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line_and_a_code(capsys, error, code, line):
+    assert run(failing(error)) == code
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(failing(RuntimeError("shapes")))
+
+
+def test_torchruns_summary_has_the_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert run(failing(ValueError("--x 3: too large"))) == 2
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "--x 3: too large"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_and_the_handlers_come_back(capsys, number):
+    def stopped(args):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    before = signal.getsignal(number)
+    assert run(stopped) == 128 + number
+    assert signal.getsignal(number) == before
+    assert capsys.readouterr().err.strip() == "x.py: stopped; run it again"
