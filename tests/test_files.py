@@ -85,7 +85,7 @@ def test_a_killed_holder_holds_nothing(tmp_path):
 def test_a_killed_holders_children_hold_nothing(tmp_path):
     """Such as a loader's worker, which lives on for a moment."""
     code = "from utils.files import lock; import os; stack = ExitStack(); lock(Path(sys.argv[1]), stack, '--x')\n"
-    process = start(code + "child = os.fork()\nif child: print(child, flush=True)\ntime.sleep(60)", tmp_path)
+    process = start(code + "if not os.fork(): print(os.getpid(), flush=True)\ntime.sleep(60)", tmp_path)
     child = int(process.stdout.readline())
     process.kill()
     process.wait()
