@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataset.decode import BadImage, decode
-from dataset.imagenet import ImageDataset, open_source
+from dataset.imagenet import MAX_BAD_SHARE, ImageDataset, open_source
 from dataset.loader import read_batches
 from utils.files import printable
 
@@ -38,7 +38,7 @@ def check(data_path: str, num_classes: int | None = None, num_workers: int = 0) 
     source = open_source(data_path, num_classes)
     dataset = ImageDataset(source, image_size=1, seed=0)
     sizes, bad = [], []
-    one_by_one = [[index] for index in range(len(source))]
+    one_by_one = ([index] for index in range(len(source)))
     facts = tqdm(read_batches(_Facts(source), one_by_one, num_workers), total=len(source), unit="images", disable=None)
     for index, ((width,), (height,), (reason,)) in enumerate(facts):
         if reason:
@@ -51,7 +51,7 @@ def check(data_path: str, num_classes: int | None = None, num_workers: int = 0) 
     if sizes:
         print(f"shorter side: {min(map(min, sizes))} to {max(map(min, sizes))} pixels, longest {max(map(max, sizes))}")
     print(f"bad images: {len(bad)} ({len(bad) / len(source):.3%})", *bad, sep="\n  ")
-    return 1 if len(bad) > max(1, 0.001 * len(source)) else 0
+    return 1 if len(bad) > max(1, MAX_BAD_SHARE * len(source)) else 0
 
 
 def main(argv: list[str] | None = None) -> int:

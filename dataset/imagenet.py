@@ -20,6 +20,7 @@ from dataset.tar_index import IMAGE_SUFFIXES, load_index, member_name
 from dataset.transforms import Window, center_window, crop_exact, crop_fast, random_window
 from utils.files import printable
 
+MAX_BAD_SHARE = 0.001  # of the images; more bad ones are an error
 MAX_REPLACEMENTS = 16  # bad images in a row
 OURS = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors of reading that are no fault of the file's
 
