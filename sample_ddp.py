@@ -7,19 +7,23 @@ Image i depends on (checkpoint, seed, i, settings) alone, not on processes, batc
 batches are kept as shards in the sample folder: the same command continues a run that was stopped.
 """
 
+import sys
+
+if __name__ == "__main__":
+    from utils.early import end_when_told
+
+    end_when_told()
+
 import argparse
 import json
-import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,28 +37,14 @@ from models.samplers import SAMPLERS
 from utils import checkpoint_file, distributed, script
 from utils.evaluation.npz_reader import NpzReader
 from utils.files import read_json, write_json
-from utils.images import has_pngs, layout, png_path, to_uint8, write_contact_sheet, write_missing_pngs, write_png
+from utils.images import layout, png_path, to_uint8, write_contact_sheet, write_missing_pngs, write_png
 from utils.noise import normals
 from utils.provenance import provenance
-from utils.sampling.draws import compiled_normals, image_noise, make_labels
-from utils.sampling.few_rows import choose_ways, is_large, use_ways
-from utils.sampling.graphs import Throttle, cast_weights, compile_pieces, static_phases
-from utils.sampling.run_folder import claim, key_of, note, open_run
-from utils.sampling.shards import (
-    Range,
-    assemble,
-    batches_of,
-    check_npz,
-    missing_ranges,
-    read_image,
-    remove_shards,
-    verified_shards,
-    wait_for_shards,
-    write_shard,
-)
+from utils.sampling import draws, few_rows, graphs, run_folder, shards
+from utils.sampling.shards import Range
 
 PUBLISHED = SamplingSettings()
-WAIT_SECONDS = 1800
+WAIT_SECONDS = 1800  # for another process
 
 
 def class_ids(text: str) -> list[int]:
@@ -75,13 +65,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--per-proc-batch-size", type=at_least(1), help="default: 256 on a GPU, 16 on a CPU")
     add("--cfg-scale", type=at_least(1.0), default=PUBLISHED.cfg_scale, help="1 = no guidance; published: 4.5, L 4.6")
     add("--cfg-schedule", choices=CFG_SCHEDULES, default=PUBLISHED.cfg_schedule)
-    add("--num-sampling-steps", type=at_least(1), default=PUBLISHED.num_sampling_steps,
+    add("--num-sampling-steps", type=script.within(1, 10**4), default=PUBLISHED.num_sampling_steps,
         help=f"per token, and a last one of {PUBLISHED.last_step_size}")  # fmt: skip
     add("--sampler", choices=list(SAMPLERS), default=PUBLISHED.sampler)
     add("--global-seed", type=script.SEED, default=0)
-    add("--labels", choices=("random", "balanced"), default="random",
+    labels = parser.add_mutually_exclusive_group().add_argument
+    labels("--labels", choices=("random", "balanced"), default="random",
         help="random: uniform (published); balanced: equally many of each class, shuffled")  # fmt: skip
-    add("--class-ids", type=class_ids, help="only these classes in turn, such as 207,360 (instead of --labels)")
+    labels("--class-ids", type=class_ids, help="only these classes in turn, such as 207,360 (instead of --labels)")
     add("--to-npz", action="store_true", help="join the shards into SAMPLE_DIR/samples.npz at the end")
     add("--save-images", metavar="DIR", help="also write DIR/000000.png, ...")
     add("--mixed-precision", choices=("none", "bf16"), help="default: bf16 on a GPU, none on a CPU")
@@ -120,42 +111,44 @@ def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: s
     return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
 
 
-def images_per_batch(args: argparse.Namespace, missing: list[Range]) -> int:
-    """As asked, or fewer where not even every process's first batch would be full."""
-    return min(args.per_proc_batch_size, -(-sum(stop - start for start, stop in missing) // distributed.world_size()))
+class Plan(NamedTuple):
+    missing: list[Range]
+    batch_size: int  # as asked, or less where not even every process's first batch would be full
+    ways: dict[str, str]  # of linear layers, see few_rows
+
+    @property
+    def count(self) -> int:
+        """How many images are missing."""
+        return sum(stop - start for start, stop in self.missing)
 
 
-def rows_per_batch(args: argparse.Namespace, missing: list[Range]) -> int:
-    """Of the linear layers' inputs: with guidance each image has a null-class row."""
-    return images_per_batch(args, missing) * (2 if args.cfg_scale > 1 else 1)
-
-
-def plan(
-    args: argparse.Namespace, settings: dict, image_size: int, trunk: nn.Module, stack: ExitStack
-) -> tuple[list[Range], dict[str, str]]:
-    """On rank 0: make --sample-dir this run's -> its missing images, and ways of linear layers (see few_rows)."""
+def make_plan(args: argparse.Namespace, settings: dict, image_size: int, trunk: nn.Module, stack: ExitStack) -> Plan:
+    """On rank 0: make --sample-dir this run's, look at every byte that is there, and say what is missing."""
     folder = Path(args.sample_dir)
-    stored = open_run(folder, settings, stack)
+    stored = run_folder.open_run(folder, settings, stack)
     if args.save_images:
-        images = Path(args.save_images)
-        images.mkdir(parents=True, exist_ok=True)
-        claim(images, settings, "--save-images", has_pngs(images))
+        run_folder.claim_pngs(Path(args.save_images), settings)
     if (folder / "samples.npz").exists():
-        check_npz(folder / "samples.npz", stored.get("samples.npz"))
-        return [], {}
-    total = args.num_fid_samples
-    shards, rejected = verified_shards(folder / "shards", image_size, total, key_of(settings))
+        shards.check_npz(folder / "samples.npz", stored.get("samples.npz"))
+        return Plan([], 0, {})
+    key = run_folder.key_of(settings)
+    finished, rejected = shards.verified_shards(folder / "shards", image_size, args.num_fid_samples, key)
     if rejected:
         print(f"{rejected[0]}: damaged, or of another run; set aside with {len(rejected) - 1} others", flush=True)
-    missing = missing_ranges(list(shards), total)
-    if not missing or args.compile is not None or not is_large(trunk):
-        return missing, {}
-    rows = rows_per_batch(args, missing)
-    ways = stored.get("linear_ways", {})  # by rows: a continued run keeps to them, for the same bits
+    plan = Plan(shards.missing_ranges(list(finished), args.num_fid_samples), args.per_proc_batch_size, {})
+    plan = plan._replace(batch_size=min(plan.batch_size, -(-plan.count // distributed.world_size())))
+    if not plan.missing or args.compile is not None or not few_rows.is_large(trunk):
+        return plan
+    rows, ways = rows_of(args, plan), stored.get("linear_ways", {})  # a continued run keeps to them, for the same bits
     if str(rows) not in ways:
-        ways[str(rows)] = choose_ways(trunk, rows)
-        note(folder, {"linear_ways": ways})
-    return missing, ways[str(rows)]
+        ways[str(rows)] = few_rows.choose_ways(trunk, rows)
+        run_folder.note(folder, {"linear_ways": ways})
+    return plan._replace(ways=ways[str(rows)])
+
+
+def rows_of(args: argparse.Namespace, plan: Plan) -> int:
+    """Rows that a linear layer gets: with guidance each image has a null-class row."""
+    return plan.batch_size * (2 if args.cfg_scale > 1 else 1)
 
 
 # ---- my batches -> tokens -> pixels -> shards --------------------------------------------------------------------
@@ -167,16 +160,16 @@ def batch_sampler(args: argparse.Namespace, model: SphereAR, labels: np.ndarray,
     settings = SamplingSettings(args.cfg_scale, args.cfg_schedule, args.sampler, args.num_sampling_steps)
     phases, draw = Phases.of(model, settings), normals
     if args.compile:
-        sampler = compile_pieces(model, SAMPLERS[settings.sampler])
-        phases = static_phases(Phases.of(model, settings, sampler), model.config.num_class_tokens)
-        draw = compiled_normals()
+        sampler = graphs.compile_pieces(model, SAMPLERS[settings.sampler])
+        phases = graphs.static_phases(Phases.of(model, settings, sampler), model.config.num_class_tokens)
+        draw = draws.compiled_normals()
 
     def sample(batch: Range, observe: Callable[[int, Tensor, Tensor], None]) -> np.ndarray:
         """uint8 (n, S, S, 3). FloatingPointError names an image whose tokens or pixels are not finite."""
         start, stop = batch
         images = np.arange(start, start + size if args.compile else stop)
         on_device = torch.from_numpy(images).to(device), torch.from_numpy(labels[images % len(labels)]).to(device)
-        noise = image_noise(args.global_seed, on_device[0], settings.num_noise, model.config.latent_dim, draw)
+        noise = draws.image_noise(args.global_seed, on_device[0], settings.num_noise, model.config.latent_dim, draw)
         pixels = []
         with script.autocast(device, args.mixed_precision):
             tokens = models.generate_tokens(model, on_device[1], settings, noise, phases, observe)[: stop - start]
@@ -198,22 +191,19 @@ def require_finite(values: Tensor, first: int, ckpt: str) -> None:
         )
 
 
-def sample_batches(
-    args: argparse.Namespace, model: SphereAR, labels: np.ndarray, missing: list[Range], key: int
-) -> None:
+def sample_batches(args: argparse.Namespace, model: SphereAR, labels: np.ndarray, plan: Plan, key: int) -> None:
     """Sample this process's share of the missing images into shards, with a progress bar of the whole on rank 0."""
-    world_size, total = distributed.world_size(), sum(stop - start for start, stop in missing)
-    size, throttle = images_per_batch(args, missing), Throttle()
-    sample = batch_sampler(args, model, labels, size)
+    world_size, throttle = distributed.world_size(), graphs.Throttle()
+    sample = batch_sampler(args, model, labels, plan.batch_size)
     with tqdm(
         total=len(labels),
-        initial=len(labels) - total,
+        initial=len(labels) - plan.count,
         disable=not distributed.is_main(),
         bar_format="{l_bar}{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_noinv_fmt}]",
         unit=" images",
         mininterval=0.5 if sys.stderr.isatty() else 10,
     ) as progress:
-        for start, stop in batches_of(missing, size, distributed.rank(), world_size):
+        for start, stop in shards.batches_of(plan.missing, plan.batch_size, distributed.rank(), world_size):
             share = (stop - start) * world_size / model.config.num_tokens
 
             def observe(position: int, raw: Tensor, token: Tensor, share: float = share) -> None:
@@ -223,31 +213,30 @@ def sample_batches(
             images = sample((start, stop), observe)
             for index, image in enumerate(images if args.save_images else ()):
                 write_png(png_path(args.save_images, start + index), image)
-            write_shard(Path(args.sample_dir) / "shards", start, images, key)
+            shards.write_shard(Path(args.sample_dir) / "shards", start, images, key)
 
 
 # ---- shards -> results -------------------------------------------------------------------------------------------
 
 
-def finish(args: argparse.Namespace, config: SphereARConfig, labels: np.ndarray, receipt: dict) -> None:
-    """On rank 0, as soon as every image is in a shard or in the .npz: whatever else there shall be."""
+def finish(
+    args: argparse.Namespace, config: SphereARConfig, labels: np.ndarray, finished: dict[Range, Path], receipt: dict
+) -> None:
+    """On rank 0, with every image in a shard or in the .npz: whatever else there shall be."""
     folder, new = Path(args.sample_dir), receipt["images_in_last_run"] > 0
     npz, sheet = folder / "samples.npz", folder / "contact_sheet.png"
     if new or not (folder / "samples.json").exists():
         write_json(folder / "samples.json", receipt)
+    complete = npz.exists()
+    if args.to_npz and not complete:
+        key, record = run_folder.key_of(receipt["settings"]), partial(run_folder.note, folder)
+        shards.assemble(npz, finished, labels, config.svae.image_size, key, record)
     if npz.exists():
-        print(f"{npz} is already complete", flush=True)
-    else:
-        patience = WAIT_SECONDS + receipt["seconds_of_last_run"]  # others have as much to do as this process had
-        shards = wait_for_shards(folder / "shards", config.svae.image_size, len(labels), patience)
-        if args.to_npz:
-            key, record = key_of(receipt["settings"]), lambda checksums: note(folder, {"samples.npz": checksums})
-            assemble(npz, shards, labels, config.svae.image_size, key, record)
-        print(f"{len(labels)} images in {npz if args.to_npz else folder / 'shards'}", flush=True)
-    if npz.exists():
-        remove_shards(folder / "shards")
+        shards.remove_shards(folder / "shards")
         reader = NpzReader(npz)
-    read = (lambda i: reader.read(i, i + 1)[0]) if npz.exists() else (lambda i: read_image(shards, i))
+    read = (lambda i: reader.read(i, i + 1)[0]) if npz.exists() else (lambda i: shards.read_image(finished, i))
+    where = f"{npz}, already complete" if complete else npz if npz.exists() else folder / "shards"
+    print(f"{len(labels)} images in {where}", flush=True)
     if args.save_images:
         write_missing_pngs(Path(args.save_images), len(labels), read)
     if new or not sheet.exists():
@@ -287,26 +276,30 @@ def run(args: argparse.Namespace) -> int:
     file = distributed.from_main(lambda: checkpoint_file.examine(args.ckpt))
     with distributed.all_or_none():
         model = load_model(args, file).to(device)
-        config = model.config
-        labels = make_labels(args.labels, args.num_fid_samples, config.num_classes, args.global_seed, args.class_ids)
+        config, size = model.config, model.config.svae.image_size
+        classes, seed = config.num_classes, args.global_seed
+        labels = draws.make_labels(args.labels, args.num_fid_samples, classes, seed, args.class_ids)
     if args.mixed_precision == "bf16":
-        cast_weights(model, torch.bfloat16)
-    trunk = nn.ModuleList([model.layers, model.head])
+        graphs.cast_weights(model, torch.bfloat16)
+    trunk, settings = nn.ModuleList([model.layers, model.head]), settings_of(args, config, file.sha256)
 
     with ExitStack() as stack:
-        settings, size = settings_of(args, config, file.sha256), config.svae.image_size
-        missing, ways = distributed.from_main(lambda: plan(args, settings, size, trunk, stack))
+        plan = distributed.from_main(lambda: make_plan(args, settings, size, trunk, stack))
         with distributed.all_or_none():
             if not Path(args.sample_dir, "run.json").exists():
                 raise ValueError(f"--sample-dir {args.sample_dir} is not seen by every process; choose a shared folder")
-        made, start = sum(stop - start for start, stop in missing), time.perf_counter()
-        if made:
-            distributed.print0(f"{len(labels)} images, {len(labels) - made} of them finished before, on {device.type}")
-            use_ways(trunk, ways, rows_per_batch(args, missing))
-            sample_batches(args, model, labels, missing, key_of(settings))
+        start, finished = time.perf_counter(), {}
+        if plan.missing:
+            before = len(labels) - plan.count
+            distributed.print0(f"{len(labels)} images, {before} of them finished before, on {device.type}")
+            few_rows.use_ways(trunk, plan.ways, rows_of(args, plan))
+            sample_batches(args, model, labels, plan, run_folder.key_of(settings))
         if distributed.is_main():
-            seconds = time.perf_counter() - start
-            finish(args, config, labels, make_receipt(args, file.path, settings, device, made, seconds))
+            if not Path(args.sample_dir, "samples.npz").exists():
+                patience = WAIT_SECONDS + time.perf_counter() - start  # others have as much to do as this process
+                finished = shards.wait_for_shards(Path(args.sample_dir, "shards"), size, len(labels), patience)
+            receipt = make_receipt(args, file.path, settings, device, plan.count, time.perf_counter() - start)
+            finish(args, config, labels, finished, receipt)
     return script.DONE
 
 

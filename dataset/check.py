@@ -10,9 +10,10 @@ from collections import Counter
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset.decode import BadImage, decode_exact
-from dataset.imagenet import ImageDataset, open_source
+from dataset.decode import BadImage, decode
+from dataset.imagenet import MAX_BAD_SHARE, ImageDataset, open_source
 from dataset.loader import read_batches
+from utils.files import printable
 
 
 class _Facts(Dataset):
@@ -26,22 +27,18 @@ class _Facts(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, int, str]:
         try:
-            image = decode_exact(self.source.read(index), self.source.file_name(index))
+            _, height, width = decode(self.source.read(index), self.source.file_name(index)).shape
         except BadImage as error:
             return 0, 0, str(error)
-        return *image.size, ""
+        return width, height, ""
 
 
 def check(data_path: str, num_classes: int | None = None, num_workers: int = 0) -> int:
-    """Print what the data set holds, and return the exit code."""
-    try:
-        source = open_source(data_path, num_classes)
-    except ValueError as error:
-        print(error)
-        return 2
+    """Print what the data set holds, and return the exit code. ValueError or OSError where it cannot be used at all."""
+    source = open_source(data_path, num_classes)
     dataset = ImageDataset(source, image_size=1, seed=0)
     sizes, bad = [], []
-    one_by_one = [[index] for index in range(len(source))]
+    one_by_one = ([index] for index in range(len(source)))
     facts = tqdm(read_batches(_Facts(source), one_by_one, num_workers), total=len(source), unit="images", disable=None)
     for index, ((width,), (height,), (reason,)) in enumerate(facts):
         if reason:
@@ -54,16 +51,21 @@ def check(data_path: str, num_classes: int | None = None, num_workers: int = 0) 
     if sizes:
         print(f"shorter side: {min(map(min, sizes))} to {max(map(min, sizes))} pixels, longest {max(map(max, sizes))}")
     print(f"bad images: {len(bad)} ({len(bad) / len(source):.3%})", *bad, sep="\n  ")
-    return 1 if len(bad) > max(1, 0.001 * len(source)) else 0
+    return 1 if len(bad) > max(1, MAX_BAD_SHARE * len(source)) else 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Read every image of a data set and say what is in it.")
     parser.add_argument("data_path", help="tar of class tars, or folder of class folders")
     parser.add_argument("--num-classes", type=int, help="number of classes to expect (default: any)")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode beside this one")
-    args = parser.parse_args()
-    return check(args.data_path, args.num_classes, args.num_workers)
+    args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that the terminal has not
+    try:
+        return check(args.data_path, args.num_classes, args.num_workers)
+    except (ValueError, OSError) as error:
+        print(f"dataset.check: error: {printable(str(error))}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

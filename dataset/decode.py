@@ -1,9 +1,10 @@
 """Bytes of an image file -> pixels; what is not a plain 8-bit RGB or grey image raises BadImage.
 
-Pillow is the arbiter of what is bad: the fast decoder hands everything that is not an ordinary JPEG, or that it cannot
-decode, over to it. (Of 127,000 randomly damaged JPEGs the two disagreed about two.) A JPEG is damaged, too, where
-libjpeg decodes it but warns: its data end early, go on too long or are no Huffman code. Such images are partly grey or
-shifted. JPEGs carry no checksums, so what still decodes to the end cannot be told from a good one.
+Ordinary JPEGs are decoded by libjpeg-turbo directly. Everything else, and what it gives up on, goes to Pillow, the
+arbiter of what is bad; both give the same pixels. (Of 127,000 randomly damaged JPEGs the two disagreed about two.)
+
+A JPEG is damaged, too, where libjpeg decodes it but warns: its data end early, go on too long or are no Huffman code.
+Such images are partly grey or shifted. JPEGs have no checksums: damage that still decodes to the end is not noticed.
 """
 
 import io
@@ -19,6 +20,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.io import decode_jpeg
 
+from utils.files import printable
+
 MAX_PIXELS = 100_000_000  # more is a damaged header or an attack; ImageNet's largest has 61 million
 MAX_ASPECT = 100  # longer side / shorter side; beyond it the resized image would not fit in memory
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
@@ -30,40 +33,23 @@ class BadImage(ValueError):
     """The image cannot be used; the text says why."""
 
 
-def decode_exact(data: bytes, name: str = "") -> Image.Image:
-    """The image as a loaded Pillow image of mode RGB; `name` tells which format it promises to be.
+def decode(data: bytes, name: str = "") -> torch.Tensor:
+    """The pixels, uint8 (3 or 1, H, W); `name` tells which format the file promises to be.
 
     Raises BadImage: empty, corrupt, truncated, damaged, not 8-bit RGB or grey, not the format of its name, too large.
     """
-    if not data:
-        raise BadImage("empty")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        reason = _unwanted(image, data, name)
-        if reason is None:
-            image = image.convert("RGB")  # loads; no copy where it is RGB already
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        raise BadImage("corrupt: not the beginning of any image format") from None
-    except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
-        raise BadImage(f"corrupt or truncated: {error}") from error
-    if reason is not None:
-        raise BadImage(reason)
-    if _is_ordinary_jpeg(data):
-        with suppress(RuntimeError):  # Pillow is content
-            _decode_jpeg(data)  # for libjpeg's warnings: Pillow keeps them to itself
-    return image
-
-
-def decode_fast(data: bytes, name: str = "") -> torch.Tensor:
-    """The same pixels as a uint8 tensor (3 or 1, H, W), by libjpeg-turbo. Raises BadImage as `decode_exact`."""
     if _is_ordinary_jpeg(data):
         try:
             return _decode_jpeg(data)
         except RuntimeError:
             pass  # Pillow, below, says what is wrong with it
-    return torch.from_numpy(np.array(decode_exact(data, name))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(_decode_others(data, name))).permute(2, 0, 1)
+
+
+def as_pillow(pixels: torch.Tensor) -> Image.Image:
+    """Pixels of `decode` as a Pillow image of mode RGB."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _decode_jpeg(data: bytes) -> torch.Tensor:
@@ -99,6 +85,24 @@ def _pipe(process: int) -> tuple[int, int]:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     return reader, writer
+
+
+def _decode_others(data: bytes, name: str) -> Image.Image:
+    """The image as Pillow decodes it, of mode RGB; BadImage where it does not, or where it is none of ours."""
+    if not data:
+        raise BadImage("empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        reason = _unwanted(image, data, name)
+        if reason is None:
+            return image.convert("RGB")  # loads; no copy where it is RGB already
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("corrupt: not the beginning of any image format") from None
+    except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
+        raise BadImage(f"corrupt or truncated: {printable(str(error))[:200]}") from error
+    raise BadImage(reason)
 
 
 def _unwanted(image: Image.Image, data: bytes, name: str) -> str | None:

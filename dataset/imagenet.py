@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
-from dataset.decode import BadImage, decode_exact, decode_fast
+from dataset.decode import BadImage, as_pillow, decode
 from dataset.draws import crop_draws, replacement
 from dataset.tar_index import IMAGE_SUFFIXES, load_index, member_name
 from dataset.transforms import Window, center_window, crop_exact, crop_fast, random_window
+from utils.files import printable
 
+MAX_BAD_SHARE = 0.001  # of the images; more bad ones are an error
 MAX_REPLACEMENTS = 16  # bad images in a row
 OURS = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # errors of reading that are no fault of the file's
 
@@ -96,9 +97,19 @@ class FolderSource:
 
     def __init__(self, path: Path):
         self.path = path
-        self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+        entries = sorted(os.scandir(path), key=lambda entry: os.fsencode(entry.name))  # the same in any locale
+        entries = [entry for entry in entries if entry.name[0] != "."]
+        self.classes = [entry.name for entry in entries if entry.is_dir()]
         if not self.classes:
-            raise ValueError(f"--data-path {path}: a folder without class folders; expected one folder per class")
+            tars = [printable(entry.name) for entry in entries if entry.name.lower().endswith(".tar")]
+            raise ValueError(
+                f"--data-path {path}: a folder without class folders; "
+                + (
+                    f"it holds tars: give the tar itself ({tars[0]}), or unpack class tars into folders"
+                    if tars
+                    else "expected one folder per class"
+                )
+            )
         names, counts = [], []
         for name in self.classes:
             files = sorted(
@@ -107,7 +118,9 @@ class FolderSource:
                 if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != "."
             )
             if not files:
-                raise ValueError(f"--data-path {path}: class folder {name} holds no images; remove or fill it")
+                raise ValueError(
+                    f"--data-path {path}: class folder {printable(name)} holds no images; remove or fill it"
+                )
             names += [os.fsencode(file) for file in files]
             counts.append(len(files))
         self.ends = np.cumsum(counts)
@@ -143,7 +156,7 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 class ImageDataset(Dataset):
-    """uint8 images of S x S and labels; `fast` chooses the decoder and resizer of training images."""
+    """uint8 images of S x S and labels; `fast` chooses the resizer of training images."""
 
     def __init__(
         self, source: TarSource | FolderSource, image_size: int, seed: int, fast: bool = True, flip: bool = True
@@ -166,7 +179,7 @@ class ImageDataset(Dataset):
 
     def name(self, index: int) -> str:
         """CLASS/FILE of an image, for messages."""
-        return f"{self.classes[self.label(index)]}/{self.source.file_name(index)}"
+        return printable(f"{self.classes[self.label(index)]}/{self.source.file_name(index)}")
 
     def __getitem__(self, key: CropKey | int) -> Sample:
         """The image, or another one of the data set in place of a bad one, chosen by (seed, epoch, index).
@@ -189,23 +202,25 @@ class ImageDataset(Dataset):
         draws = crop_draws(self.seed, key.epoch, key.index)
         data = self.source.read(chosen)
         name = "" if data[:2] == b"\xff\xd8" else self.source.file_name(chosen)
-        image = decode_fast(data, name) if self.fast else decode_exact(data, name)
-        width, height = image.shape[:0:-1] if self.fast else image.size
+        image = decode(data, name)
+        height, width = image.shape[1:]
         if draws.choice < key.crop_probability:
             window = random_window(draws, self.image_size, width, height)
         else:
             window = center_window(self.image_size, width, height)
-        pixels = crop_fast(image, self.image_size, window) if self.fast else _to_tensor(image, self.image_size, window)
+        pixels = crop_fast(image, self.image_size, window) if self.fast else _exact(image, self.image_size, window)
         pixels = pixels.flip(-1) if self.flip and draws.flip else pixels
         return pixels.expand(3, -1, -1).contiguous()
 
     def _centre_view(self, chosen: int) -> torch.Tensor:
-        image = decode_exact(self.source.read(chosen), self.source.file_name(chosen))
-        return _to_tensor(image, self.image_size, center_window(self.image_size, *image.size)).contiguous()
+        image = decode(self.source.read(chosen), self.source.file_name(chosen))
+        height, width = image.shape[1:]
+        return _exact(image, self.image_size, center_window(self.image_size, width, height)).contiguous()
 
 
-def _to_tensor(image: Image.Image, size: int, window: Window) -> torch.Tensor:
-    return torch.from_numpy(np.array(crop_exact(image, size, window))).permute(2, 0, 1)
+def _exact(image: torch.Tensor, size: int, window: Window) -> torch.Tensor:
+    """ADM's pixels of a window, uint8 (3, S, S)."""
+    return torch.from_numpy(np.array(crop_exact(as_pillow(image), size, window))).permute(2, 0, 1)
 
 
 def build_dataset(
@@ -213,7 +228,7 @@ def build_dataset(
 ) -> ImageDataset:
     """The data set at `data_path`, a tar of class tars or a folder of class folders; labels are sorted-name ranks.
 
-    `fast` decodes and resizes training images by libjpeg-turbo and torch (else pixel-equal to ADM's chain).
+    `fast` resizes training images by torch (else pixel-equal to ADM's chain).
     Raises ValueError, naming the flag, when the data are missing, of another form or of another number of classes.
     """
     return ImageDataset(open_source(data_path, num_classes), image_size, seed, fast, flip)
@@ -221,13 +236,21 @@ def build_dataset(
 
 def open_source(data_path: str | Path, num_classes: int | None = None) -> TarSource | FolderSource:
     """The images at `data_path`; see `build_dataset` for the errors. `num_classes` None: any number of classes."""
-    path = Path(data_path).expanduser().resolve()
-    if not path.exists():
-        raise ValueError(f"--data-path {data_path}: no such file or folder")
-    source = FolderSource(path) if path.is_dir() else TarSource(path)
-    if num_classes is not None and len(source.classes) != num_classes:
+    path = Path(os.path.realpath(os.path.expanduser(data_path)))
+    try:
+        if not path.exists():
+            raise ValueError(f"--data-path {data_path}: no such file or folder")
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"--data-path {data_path}: neither a file nor a folder")
+        source = FolderSource(path) if path.is_dir() else TarSource(path)
+    except OSError as error:
         raise ValueError(
-            f"--num-classes {num_classes}, but --data-path {data_path} holds {len(source.classes)} classes "
-            f"({source.classes[0]} ... {source.classes[-1]}); set --num-classes {len(source.classes)}"
+            f"--data-path {data_path}: cannot be read: {error.strerror} ({error.filename or path})"
+        ) from None
+    if num_classes is not None and len(source.classes) != num_classes:
+        found, first, last = len(source.classes), printable(source.classes[0]), printable(source.classes[-1])
+        raise ValueError(
+            f"--num-classes {num_classes}, but --data-path {data_path} holds {found} classes ({first} ... {last}); "
+            f"set --num-classes {found}"
         )
     return source

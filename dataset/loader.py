@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dataset.draws import epoch_order
-from dataset.imagenet import CropKey, ImageDataset, Sample
+from dataset.imagenet import MAX_BAD_SHARE, CropKey, ImageDataset, Sample
 
 PREFETCH_BATCHES = 4  # per worker
 WORKER_DIED = "DataLoader worker (pid", "Pin memory thread exited"  # how torch's RuntimeErrors about that begin
@@ -113,7 +113,7 @@ def train_loader(
     num_workers: int = 0,
     aug_decay_start: int = 350,
     aug_decay_end: int = 375,
-    max_bad_share: float = 0.001,
+    max_bad_share: float = MAX_BAD_SHARE,
     pin_memory: bool = False,
     report: Callable[[str], None] = print,
 ) -> TrainLoader:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.files import atomic_file, cache_folder
+from utils.files import atomic_file, cache_folder, printable
 
 BLOCK = 512  # bytes: a header, and the unit to which payloads are padded
+RECORD_BYTES = 1 << 20  # the most that a record about a member, such as its long name, may have
 VERSION = 1  # of the index file; another number means "rebuild"
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -56,21 +57,26 @@ def build_index(tar_path: str | Path) -> TarIndex:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else read-ahead fetches the payloads too
         members = _walk(fd, 0, os.fstat(fd).st_size, str(tar_path))
-        tars = sorted((Path(name).stem, start, size) for name, start, size in zip(*members) if name.endswith(".tar"))
+        tars = sorted(
+            (Path(name).stem, start, size) for name, start, size in zip(*members) if name.lower().endswith(".tar")
+        )
         classes = [name for name, _, _ in tars]
         if not tars:
             raise ValueError(
                 f"--data-path {tar_path}: "
-                + (f"a flat tar ({members[0][0]} lies directly in it)" if members[0] else "an empty tar")
+                + (f"a flat tar ({printable(members[0][0])} lies directly in it)" if members[0] else "an empty tar")
                 + "; expected a tar of class tars (as ILSVRC2012_img_train.tar), or give a folder of class folders"
             )
         for name in {name for name in classes if classes.count(name) > 1}:
-            raise ValueError(f"--data-path {tar_path}: two class tars are named {name}; expected one tar per class")
+            raise ValueError(
+                f"--data-path {tar_path}: two class tars are named {printable(name)}; expected one tar per class"
+            )
         offsets, sizes, counts = [], [], []
         for name, start, size in tars:
-            found = _walk(fd, start, start + size, f"{tar_path}, class {name}", IMAGE_SUFFIXES)
+            where = f"{tar_path}, class {printable(name)}"
+            found = _walk(fd, start, start + size, where, IMAGE_SUFFIXES)
             if not found[0]:
-                raise ValueError(f"--data-path {tar_path}: class {name} holds no images; remove it or repair the tar")
+                raise ValueError(f"--data-path {where} holds no images; remove it or repair the tar")
             offsets.append(np.array(found[1], np.int64))
             sizes.append(np.array(found[2], np.uint32))
             counts.append(len(found[0]))
@@ -110,16 +116,24 @@ def _walk(fd: int, start: int, end: int, where: str, suffixes: tuple[str, ...] |
             if not _valid(header):
                 raise _broken(where, payload - BLOCK - start)
             raise ValueError(
-                f"--data-path {where}: truncated: {_short_name(header)} needs {size} bytes, "
+                f"--data-path {where}: truncated: {printable(_short_name(header))} needs {size} bytes, "
                 f"{end - payload} are there; copy it again"
             )
         headers.append(header)
+        if kind in b"Lx" and size > RECORD_BYTES:
+            raise _broken(where, payload - BLOCK - start)
         if kind == 76:  # "L": the next member's name, GNU
             long_name = os.pread(fd, size, payload).rstrip(b"\0").decode(errors="surrogateescape")
         elif kind == 120:  # "x": records about the next member, pax
             records = _pax_records(os.pread(fd, size, payload), where)
             long_name = records.get("path", long_name)
-            long_size = int(records["size"]) if "size" in records else None
+            try:
+                long_size = _digits(records["size"].encode(errors="surrogateescape"), 10) if "size" in records else None
+            except ValueError:
+                raise ValueError(
+                    f"--data-path {where}: a pax header whose size is no number: "
+                    f"{printable(records['size'][:40])}; copy the tar again"
+                ) from None
         elif kind not in b"Kg":  # "K" long link, "g" global records: neither belongs to a file
             if kind in b"0\0" and header[0]:
                 name = _short_name(header) if long_name is None else long_name
@@ -143,7 +157,14 @@ def _number(field: bytes) -> int:
     """A tar number: octal digits, or base 256 when the first bit is set (GNU, over 8 GiB)."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big") & ((1 << 8 * len(field) - 1) - 1)
-    return int(field.strip(b"\0 ") or b"0", 8)
+    return _digits(field.strip(b"\0 ") or b"0", 8)
+
+
+def _digits(text: bytes, base: int) -> int:
+    """The number of plain digits. ValueError for anything else that int() would take: a sign, an underscore."""
+    if not text.isdigit():
+        raise ValueError
+    return int(text, base)
 
 
 def _valid(headers: bytes) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.imagenet import ImageDataset, open_source
-from utils.files import atomic_file
+from utils.files import atomic_file, printable
 
 REFERENCE_PER_DIGIT = 50  # images of each digit that the metrics compare with
 DIGITS = "data/data/mnist_5k.csv.gz"  # 5,000 rows: 784 grey levels, then the digit
@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--judge", nargs=2, metavar=("DATA", "SAMPLES"), help="tar or folder of real images; an .npz")
     parser.add_argument("--count", type=int, default=5000, help="images in the tar, a multiple of 10 [%(default)s]")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # paths may have letters that the terminal has not
     try:
         if args.judge:
             share = class_agreement(*args.judge)
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(*write_toy(args.out, args.count), sep="\n")
     except (ValueError, OSError) as error:
-        print(f"dataset.toy: error: {error}", file=sys.stderr)
+        print(f"dataset.toy: error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -50,7 +50,7 @@ def test_features_that_are_not_finite_name_the_images(samples, extractor):
 
 
 def test_batches_in_work_are_bounded_by_memory():
-    assert workers_within_memory(64, 2, 256, 256) == 64
+    assert workers_within_memory(64, 2, 256, 256) == 64 and workers_within_memory(2, 2, 256, 256) == 2
     assert 1 < workers_within_memory(64, 2, 2048, 2048) < 64
     assert workers_within_memory(64, 2, 6000, 6000) == 1
     with pytest.raises(

@@ -52,7 +52,10 @@ def test_wrong_places_and_class_counts_are_named(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         build_dataset(tmp_path / "absent.tar", 32, num_classes=3, seed=0)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="without class folders"):
+    with pytest.raises(ValueError, match="without class folders; expected one"):
+        build_dataset(tmp_path / "folder", 32, num_classes=3, seed=0)
+    (tmp_path / "folder" / "n0.TAR").touch()
+    with pytest.raises(ValueError, match=r"it holds tars: give the tar itself \(n0.TAR\)"):
         build_dataset(tmp_path / "folder", 32, num_classes=3, seed=0)
     (tmp_path / "folder" / "n0").mkdir()
     with pytest.raises(ValueError, match=r"class folder n0 holds no images"):
@@ -206,3 +209,19 @@ def test_a_disk_that_cannot_read_a_part_of_the_tar_costs_only_those_images(tmp_p
     monkeypatch.setattr(os, "pread", failing_pread)
     assert data[4].bad == f"n00000000/at byte {start}: cannot be read: Input/output error"
     assert data[5].bad == ""
+
+
+def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    tar, root = class_tars(tmp_path / "train.tar", small_classes()), folder(tmp_path / "train", small_classes())
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match=r"--data-path .*fifo: neither a file nor a folder"):
+        open_source(tmp_path / "fifo")
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ValueError, match=r"--data-path .*train.tar: cannot be read: Permission denied \(.*train.tar\)"):
+        open_source(tar)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"--data-path .*train: cannot be read: Permission denied \(.*train\)"):
+        open_source(root)

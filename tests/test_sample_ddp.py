@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import random
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -234,6 +236,51 @@ def test_when_torchrun_is_killed_its_processes_end_and_the_folder_is_free(sample
     again.communicate()
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("processes", [0, 2])
+def test_killed_again_and_again_gives_the_bytes_of_an_unbroken_run(ckpt, sample, processes, capsys):
+    flags = "--num-fid-samples", 120, "--per-proc-batch-size", 2, "--to-npz"
+    _, unbroken = sample("unbroken", *flags)
+    broken, draws, kills = unbroken.parent / "broken", random.Random(0), 0
+    while True:
+        process = start(ckpt, broken, *flags, processes=processes)
+        while process.poll() is None and not (broken / ".lock").exists():
+            time.sleep(0.01)
+        time.sleep(draws.uniform(0, 2))
+        pids = [process.pid, *children(process.pid)]
+        if process.poll() is not None or kills == 12:
+            break
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    with capsys.disabled():
+        print(f"\nkilled {kills} times on {max(1, processes)}")
+    assert (broken / "samples.npz").read_bytes() == (unbroken / "samples.npz").read_bytes()
+    assert sorted(path.name for path in broken.iterdir()) == sorted(path.name for path in unbroken.iterdir())
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_full_costs_nothing_that_was_finished(ckpt, sample, tmp_path, capsys):
+    """ENOSPC from a real file system of 1 MB (needs the right to mount)."""
+    flags = "--num-fid-samples", 400, "--per-proc-batch-size", 20, "--to-npz"
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs")
+    try:
+        assert sample("disk/run", *flags)[0] == 2
+        assert "No space left on device" in capsys.readouterr().err
+        assert len(list((disk / "run" / "shards").glob("*.npy"))) > 10 and not list(disk.rglob(".*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        code, folder = sample("disk/run", *flags)
+        assert code == 0 and load(folder)[0].shape == (400, 32, 32, 3)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 # ---- nothing of another run, and nothing taken away ------------------------------------------------------------------
 
 
@@ -363,7 +410,7 @@ def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
     process = start(ckpt, folder.parent / "other", "--num-fid-samples", 2000, "--per-proc-batch-size", 2)
     wait_for_first_shard(folder.parent / "other", process)
     assert sample("other", "--num-fid-samples", 2000)[0] == 2
-    assert "in use" in capsys.readouterr().err
+    assert f"--sample-dir other is in use by process {process.pid} on " in capsys.readouterr().err
     process.kill()
     process.communicate()
 
@@ -382,6 +429,8 @@ def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
         (["--ckpt", "missing.pt"], "missing.pt: no such checkpoint"),
         (["--ckpt", __file__], "not a readable checkpoint"),
         (["--num-fid-samples", "99999999999"], "--num-fid-samples: 99999999999 must lie in [1, 10000000]"),
+        (["--num-sampling-steps", "1000000000"], "--num-sampling-steps: 1000000000 must lie in [1, 10000]"),
+        (["--labels", "balanced"], "--labels: not allowed with argument --class-ids"),
         (["--global-seed", str(2**64)], f"--global-seed: {2**64} must lie in 0 to 2^64 - 1"),
         (["--sample-dir", __file__], "test_sample_ddp.py"),
     ],
@@ -475,3 +524,18 @@ def test_a_run_keeps_to_the_linear_ways_it_chose(sample, tmp_path, monkeypatch):
     asked.clear()
     assert (brief(sample, "run") == images).all() and not asked
     assert np.abs(brief(sample, "plain", "--no-compile") - images).max() <= 1 and not asked
+
+
+def test_too_large_a_batch_for_the_memory_is_one_line(sample, monkeypatch, capsys):
+    def allocate(*_):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 221184000000 bytes. Error code 12 (Cannot allocate memory)\nmore lines"
+        )
+
+    monkeypatch.setattr(models, "generate_tokens", allocate)
+    assert sample("run", "--num-fid-samples", 2)[0] == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "sample_ddp.py: error: can't allocate memory: you tried to allocate 221184000000 bytes. Error code 12 (Cannot "
+        "allocate memory). Lower --per-proc-batch-size."
+    )

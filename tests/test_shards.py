@@ -169,8 +169,9 @@ def test_only_shards_are_removed(shards):
 
 
 def test_an_npz_that_the_run_did_not_write_is_refused(shards):
-    path, recorded = shards / "samples.npz", {}
-    assemble(path, finished_shards(shards, SIZE, 10), LABELS, SIZE, KEY, recorded.update)
+    path, written = shards / "samples.npz", {}
+    assemble(path, finished_shards(shards, SIZE, 10), LABELS, SIZE, KEY, written.update)
+    recorded = written["samples.npz"]
     check_npz(path, recorded)
     whole = path.read_bytes()
 

@@ -1,5 +1,6 @@
 """The tar index: right bytes, clear errors, and a file that survives races, damage and replaced tars."""
 
+import io
 import multiprocessing
 import os
 import tarfile
@@ -61,6 +62,24 @@ def test_payloads_are_not_read(tar, monkeypatch):
     assert max(asked) == 512 and len(asked) < 24 + 3 + 8
 
 
+def pax_size(text):
+    """A tar whose pax record claims this size for its member."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("n0.tar")
+        member.pax_headers = {"size": text}
+        tar.addfile(member)
+    return file.getvalue()
+
+
+def with_size(field):
+    """A tar whose header has this size field and a right checksum."""
+    header = bytearray(tarfile.TarInfo("n0.tar").tobuf())
+    header[124:136], header[148:156] = field, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(1024)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -71,6 +90,13 @@ def test_payloads_are_not_read(tar, monkeypatch):
         (tar_bytes({"n0.tar": tar_bytes({"readme": b"x"})}), "class n0 holds no images"),
         (tar_bytes({"a/n0.tar": tar_bytes({"0.JPEG": b"x"}), "b/n0.tar": b""}), "two class tars are named n0"),
         (tar_bytes({"n0.tar": tar_bytes({"0.JPEG": image_file(0)})[:1024]}), "class n0: truncated: 0.JPEG needs"),
+        (tar_bytes({"\x1b[2Ja.JPEG": b"x"}), r"a flat tar (\x1b[2Ja.JPEG lies directly in it)"),
+        (pax_size("12x"), "a pax header whose size is no number: 12x; copy"),
+        (pax_size("-5"), "a pax header whose size is no number: -5; copy"),
+        (pax_size("9" * 5000), "a pax header whose size is no number: 9999"),
+        (pax_size("\x1b[31m"), r"a pax header whose size is no number: \x1b[31m; copy"),
+        (with_size(b"-0000001000\0"), "no tar header at byte 0"),
+        (with_size(b"0000001_000\0"), "no tar header at byte 0"),
     ],
 )
 def test_unusable_tars_are_named(tmp_path, content, says):
@@ -217,3 +243,21 @@ def test_memory_and_file_of_imagenet_size(tmp_path, tar):
     tar_index._store(index, tar, tar.stat())
     assert stored(tar).stat().st_size < 40e6
     stored(tar).unlink()
+
+
+def test_a_record_about_a_member_is_never_read_whole_when_it_is_huge(tmp_path):
+    header = bytearray(tarfile.TarInfo("././@LongLink").tobuf())
+    header[156:157], header[124:136], header[148:156] = b"L", b"%011o\0" % 2**32, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "train.tar"
+    path.write_bytes(header)
+    os.truncate(path, 2**32 + 2048)
+    with pytest.raises(ValueError, match="no tar header at byte 0"):
+        build_index(path)
+
+
+def test_class_tars_may_be_named_in_capitals(tmp_path):
+    path = tmp_path / "train.tar"
+    path.write_bytes(tar_bytes({"n1.TAR": tar_bytes({"1.JPEG": b"x"}), "n0.Tar": tar_bytes({"0.JPEG": b"y"})}))
+    source = open_source(path, 2)
+    assert source.classes == ["n0", "n1"] and source.read(0) == b"y"

@@ -130,3 +130,8 @@ def mistaken(path: str | Path) -> str | None:
 def cache_folder() -> Path:
     """Where tar indices and downloaded weights are kept: $SPHEREAR_CACHE, or ~/.cache/spherear."""
     return Path(os.environ.get("SPHEREAR_CACHE") or "~/.cache/spherear").expanduser()
+
+
+def printable(text: str) -> str:
+    """Text as one line, with everything escaped that a terminal would obey or cannot show: file names hold anything."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,6 +1,5 @@
 """Images: bytes and floats, PNG files, and the contact sheet: one row per class, its name in front."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,10 +32,6 @@ def write_png(path: Path, image: np.ndarray) -> None:
 def png_path(folder: str | Path, index: int) -> Path:
     """Where image `index` of a folder of images stands."""
     return Path(folder) / f"{index:06d}.png"
-
-
-def has_pngs(folder: Path) -> bool:
-    return any(re.fullmatch(r"\d{6,}\.png", path.name) for path in folder.iterdir())
 
 
 def write_missing_pngs(folder: Path, count: int, read: Callable[[int], np.ndarray]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from utils import distributed, early
+from utils.files import printable
 
 END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -146,6 +147,9 @@ def run(
         _say(name, f"{str(error).splitlines()[0]} {out_of_memory}")
         return FAILED
     except RuntimeError as error:
+        if "DefaultCPUAllocator: " in str(error):  # what a CPU has instead of an OutOfMemoryError
+            _say(name, f"{str(error).splitlines()[0].rpartition('DefaultCPUAllocator: ')[2]}. {out_of_memory}")
+            return FAILED
         if not distributed.lost_another(error):
             raise
         warn(f"{name}: process {distributed.rank()} ends because another one has: {str(error).splitlines()[0]}")
@@ -178,8 +182,3 @@ def _say(name: str, error: Exception | str) -> None:
     if distributed.is_main() or not distributed.is_shared(error):
         where = f" (process {distributed.rank()})" if "RANK" in os.environ and not distributed.is_shared(error) else ""
         print(f"{name}: error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """Text as one line, with everything escaped that a terminal would obey or cannot show: file names hold anything."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

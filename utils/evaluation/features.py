@@ -20,7 +20,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.evaluation.frechet import InceptionScore, Moments
 from utils.evaluation.inception import POOL_DIM, SPATIAL_DIM
-from utils.script import printable
+from utils.files import printable
 
 FLOAT16_NORM = 15_000  # squared norms up to this keep all squared distances below float16's largest, 65,504
 MEMORY = 2**30  # bytes of images in work at once, as float32; the process peaks at about three times this

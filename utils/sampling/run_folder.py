@@ -1,6 +1,7 @@
 """The folder of a run that may be stopped and continued: one run has it at a time, and one set of settings."""
 
 import json
+import re
 import zlib
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,12 @@ def open_run(folder: Path, settings: dict, stack: ExitStack) -> dict:
     if locked and not has_images:
         (folder / "run.json").unlink(missing_ok=True)
     return claim(folder, settings, "--sample-dir", has_images)
+
+
+def claim_pngs(folder: Path, settings: dict) -> None:
+    """Make the folder of PNGs, or see that its images are this run's. ValueError: see `claim`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, settings, "--save-images", any(re.fullmatch(r"\d{6,}\.png", path.name) for path in folder.iterdir()))
 
 
 def claim(folder: Path, settings: dict, flag: str, has_images: bool) -> dict:

@@ -129,13 +129,13 @@ def assemble(
     labels: np.ndarray,
     image_size: int,
     key: int,
-    record: Callable[[dict[str, int]], None],
+    record: Callable[[dict], None],
 ) -> None:
     """Stream shards that cover every index of `labels` into one .npz: arr_0 uint8 (N, H, W, 3), arr_1 labels (N,).
 
-    Memory is one block, whatever N. Equal images give equal bytes: members carry no date. `record` gets the members'
-    checksums before the file appears (see `check_npz`). Raises ValueError when an index is in no shard, or a shard is
-    not as the run with this key wrote it.
+    Memory is one block, whatever N. Equal images give equal bytes: members carry no date. Before the file appears,
+    `record` gets {"samples.npz": checksums of its members} (see `check_npz`). Raises ValueError when an index is in no
+    shard, or a shard is not as the run with this key wrote it.
     """
     missing = missing_ranges(list(shards), len(labels))
     if missing:
@@ -158,10 +158,10 @@ def assemble(
                     position = stop
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                 np.lib.format.write_array(member, np.ascontiguousarray(labels), allow_pickle=False)
-        record(_member_checksums(archive))
+        record({path.name: _member_checksums(archive)})
 
 
-def check_npz(path: Path, recorded: dict[str, int] | None) -> None:
+def check_npz(path: Path, recorded: dict | None) -> None:
     """ValueError unless every byte of the .npz is as `assemble` wrote it when it recorded these checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
