@@ -49,7 +49,7 @@ def write_reference(data_path: str | Path, image_size: int, out: str | Path, num
 def _write_images(member: zipfile.ZipExtFile, data: ImageDataset, num_workers: int) -> tuple[np.ndarray, int]:
     """Append all images; their labels, and how many images were bad."""
     keys = (range(start, min(start + BATCH_SIZE, len(data))) for start in range(0, len(data), BATCH_SIZE))
-    labels, num_bad = [], 0
+    labels, num_bad = np.empty(len(data), np.int64), 0
     with tqdm(total=len(data), unit="images", disable=None) as bar:
         for batch in read_batches(data, keys, num_workers):
             for text in filter(None, batch.bad):
@@ -58,9 +58,9 @@ def _write_images(member: zipfile.ZipExtFile, data: ImageDataset, num_workers: i
             if num_bad > max(1, int(MAX_BAD_SHARE * len(data))):
                 raise ValueError(f"more than {MAX_BAD_SHARE:.1%} of the images are bad; run python -m dataset.check")
             member.write(batch.image.permute(0, 2, 3, 1).contiguous().numpy().data)
-            labels.append(batch.label.numpy())
+            labels[batch.index.numpy()] = batch.label.numpy()  # a list of small tensors would fragment the heap
             bar.update(len(batch.label))
-    return np.concatenate(labels), num_bad
+    return labels, num_bad
 
 
 def main(argv: list[str] | None = None) -> int:
