@@ -137,5 +137,14 @@ def test_published_commands_are_understood(command, tmp_path, monkeypatch, capsy
     assert "unrecognized" not in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.txt")), ids=lambda path: path.stem)
+def test_recipes_are_understood(recipe, tmp_path, capsys):
+    """They come as far as the data or the S-VAE, which are not here."""
+    svae = [] if "svae" in recipe.stem else ["--trained-vae", "nowhere.pt"]
+    command = [f"@{recipe}", "--data-path", "nowhere.tar", "--results-dir", tmp_path, *svae]
+    assert train.main([str(word) for word in command]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
 def test_there_are_four_published_commands():
     assert sorted(command[0] for command in published()) == ["evaluator.py", "sample_ddp.py", "train.py", "train.py"]
