@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dataset import build_dataset, crop_probability, train_loader
-from tests.helpers.dataset_tars import bad_images, class_tars, small_classes
+from tests.helpers.dataset_tars import bad_images, class_tars, damaged_tar, small_classes
 
 SIZE = 16
 
@@ -30,11 +30,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """8 bad images among 64."""
-    classes = small_classes(classes=2, images=28)
-    for kind, (content, _) in bad_images().items():
-        classes["n00000000"][f"{kind}.JPEG"] = content
-    return class_tars(tmp_path / "damaged.tar", classes)
+    return damaged_tar(tmp_path / "damaged.tar")
 
 
 def load(data, *, seed=5, start_step=0, num_steps=7, global_batch_size=8, batch_size=8, **options):
