@@ -1,4 +1,4 @@
-# make quickstart   environment, real pictures, both training stages, samples, metrics, a picture: minutes on 2 cores
+# make quickstart   environment, real images, both training stages, samples, metrics, a picture: minutes on 2 cores
 # make test         environment, lint, all CPU tests
 # make test-faults  the long fault-injection tests
 # make clean        remove what quickstart made (not the environment)
@@ -9,14 +9,14 @@ READY := .venv/.ready
 
 Q := quickstart
 DATA := $(Q)/data/mnist.tar
-RECIPE := --model SphereAR-Nano --data-path $(DATA) --num-classes 10 --aug-decay-start-epoch 0 --aug-decay-end-epoch 0 \
-	--global-batch-size 32 --lr 1e-3 --min-lr 1e-5 --warmup-steps 30 --num-workers 0 --no-flip --log-every 50 --save-every 100
 NUM_SAMPLES := 500
 
 .PHONY: quickstart test test-faults clean
 
 $(READY): requirements.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else \
+		'Python 3.11 or 3.12 is needed, and $(PYTHON) is %d.%d: make PYTHON=python3.11 ...' % v)"
+	$(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --upgrade pip
 	@echo "installing requirements.txt into .venv (about two minutes)"
 	$(PY) -m pip install --quiet -r requirements.txt
@@ -25,12 +25,12 @@ $(READY): requirements.txt
 # spinning threads are several times slower when other programs run too
 quickstart: export OMP_WAIT_POLICY = PASSIVE
 quickstart: $(READY)
-	@echo "== 1/5 real pictures: 5,000 handwritten digits as an ImageNet-shaped tar"
+	@echo "== 1/5 real images: 5,000 handwritten digits as an ImageNet-shaped tar"
 	$(PY) -m dataset.toy --out $(Q)/data
 	@echo "== 2/5 S-VAE"
-	$(PY) train.py $(RECIPE) --vae-only --results-dir $(Q)/svae --max-steps 800 --decay-start 400 --perceptual-weight 0 --disc-weight 0
+	$(PY) train.py @recipes/nano-svae.txt --data-path $(DATA) --results-dir $(Q)/svae
 	@echo "== 3/5 SphereAR-Nano"
-	$(PY) train.py $(RECIPE) --results-dir $(Q)/ar --max-steps 1000 --ema 0.99 --trained-vae $(Q)/svae/checkpoints/last.pt
+	$(PY) train.py @recipes/nano.txt --data-path $(DATA) --results-dir $(Q)/ar --trained-vae $(Q)/svae/checkpoints/last.pt
 	@echo "== 4/5 $(NUM_SAMPLES) samples"
 	$(PY) sample_ddp.py --model SphereAR-Nano --ckpt $(Q)/ar/checkpoints/last.pt --sample-dir $(Q)/samples \
 		--num-fid-samples $(NUM_SAMPLES) --labels balanced --num-sampling-steps 25 --cfg-scale 3 \

@@ -8,8 +8,12 @@ the key "evaluation" of SAMPLE.json. Exit status: 0, 2 for an input that cannot 
 signal when stopped.
 """
 
+if __name__ == "__main__":
+    from utils.early import end_when_told
+
+    end_when_told()
+
 import argparse
-import signal
 import sys
 import threading
 import time
@@ -17,9 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a traceback
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from utils.evaluation.inception_tensorflow import TensorFlowInception
 from utils.evaluation.inputs import Images, check_inputs, inspect, open_images
 from utils.evaluation.mind import mind
 from utils.evaluation.precision_recall import precision_recall
+from utils.files import printable
 
 PARTS = 64  # a file is cut into about so many, taken in turns by the processes, whatever their number
 MIND_SEED = 2020  # torch-fidelity's
@@ -107,7 +109,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict, Evalu
     distributed.from_main(lambda: results.check_outputs(*paths, args.cache_features, args.save_statistics))
     notes = inspect(*files)
     for note in notes:
-        distributed.print0(f"warning: {script.printable(note)}", file=sys.stderr)
+        distributed.print0(f"warning: {printable(note)}", file=sys.stderr)
     batch_size = min(args.batch_size or (2 if device.type == "cpu" else 64), max(file.count for file in files))
     with distributed.all_or_none():
         workers = min(choose_workers(args, device, batch_size, file) for file in files if file.count)

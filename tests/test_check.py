@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dataset.check import check, main
-from tests.helpers.dataset_tars import bad_images, class_tars, image_file, small_classes
+from tests.helpers.dataset_tars import bad_images, class_tars, damaged_tar, image_file, small_classes
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,11 +20,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """8 bad images among 64."""
-    classes = small_classes(classes=2, images=28)
-    for kind, (content, _) in bad_images().items():
-        classes["n00000000"][f"{kind}.JPEG"] = content
-    return class_tars(tmp_path / "damaged.tar", classes)
+    return damaged_tar(tmp_path / "damaged.tar")
 
 
 def test_check_says_what_is_there(damaged, tmp_path, capsys):

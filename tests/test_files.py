@@ -82,6 +82,21 @@ def test_a_killed_holder_holds_nothing(tmp_path):
         assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
 
 
+def test_a_killed_holders_children_hold_nothing(tmp_path):
+    """Such as a loader's worker, which lives on for a moment."""
+    code = "from utils.files import lock; import os; stack = ExitStack(); lock(Path(sys.argv[1]), stack, '--x')\n"
+    process = start(code + "if not os.fork(): print(os.getpid(), flush=True)\ntime.sleep(60)", tmp_path)
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    try:
+        with ExitStack() as stack:
+            assert lock(tmp_path, stack, "--x")
+        os.kill(child, 0)  # it does live
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 CONTEST = """
 from utils.files import lock
 folder, me, taken, end = Path(sys.argv[1]), sys.argv[2], 0, time.monotonic() + 1.5

@@ -14,7 +14,15 @@ from torch.utils.data import DataLoader, default_collate
 
 from dataset import CropKey, build_dataset
 from dataset.imagenet import open_source
-from tests.helpers.dataset_tars import bad_images, class_tars, contents, expected, image_file, label, small_classes
+from tests.helpers.dataset_tars import (
+    class_tars,
+    contents,
+    damaged_tar,
+    expected,
+    image_file,
+    label,
+    small_classes,
+)
 
 SIZE = 16
 
@@ -31,11 +39,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """8 bad images among 64."""
-    classes = small_classes(classes=2, images=28)
-    for kind, (content, _) in bad_images().items():
-        classes["n00000000"][f"{kind}.JPEG"] = content
-    return class_tars(tmp_path / "damaged.tar", classes)
+    return damaged_tar(tmp_path / "damaged.tar")
 
 
 def test_a_folder_of_class_folders_reads_the_same(tmp_path):

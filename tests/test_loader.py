@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dataset import build_dataset, crop_probability, train_loader
-from tests.helpers.dataset_tars import bad_images, class_tars, small_classes
+from tests.helpers.dataset_tars import bad_images, class_tars, damaged_tar, small_classes
 
 SIZE = 16
 
@@ -31,11 +31,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """8 bad images among 64."""
-    classes = small_classes(classes=2, images=28)
-    for kind, (content, _) in bad_images().items():
-        classes["n00000000"][f"{kind}.JPEG"] = content
-    return class_tars(tmp_path / "damaged.tar", classes)
+    return damaged_tar(tmp_path / "damaged.tar")
 
 
 def load(data, *, seed=5, start_step=0, num_steps=7, global_batch_size=8, batch_size=8, **options):
@@ -190,7 +186,7 @@ def test_numbers_that_do_not_fit_are_named(data, options, says):
 def workers_at_work(data):
     """An iterator over many batches that has begun, and its two worker processes."""
     batches = iter(train_loader(data, seed=0, num_steps=60, global_batch_size=8, batch_size=2, num_workers=2))
-    next(batches)
+    next(batches), next(batches)  # one of each worker: both have begun
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     return batches, workers
@@ -200,7 +196,7 @@ def test_workers_survive_the_signals_of_a_stopping_job(data):
     batches, workers = workers_at_work(data)
     for name in ("INT", "TERM", "USR1"):  # from outside, as Ctrl-C, SLURM and torchrun send them
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
-    assert len(list(batches)) == 239
+    assert len(list(batches)) == 238
     for worker in workers:
         worker.join(10)
         assert worker.exitcode == 0

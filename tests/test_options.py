@@ -1,13 +1,15 @@
 """train.py's command line: the published commands, each stage's values, and flags that would have no effect."""
 
+import argparse
 import shlex
+from pathlib import Path
 
 import pytest
 
 from models import PRESETS
 from models.posteriors import POSTERIORS
 from models.svae import PROJECTIONS
-from utils.training.options import parse_args
+from utils.training.options import check_same_run, parse_args
 
 # to the letter, but for the names of files and hosts
 PUBLISHED_SVAE = """
@@ -65,3 +67,8 @@ def test_what_has_no_effect_is_none():
     assert (args.disc_start, args.min_lr, args.diff_batch_mul) == (None, None, None)
     args = parse("--data-path data --trained-vae x.pt")
     assert (args.kl_weight, args.disc_weight, args.min_lr, args.decay_start) == (None, None, 1e-5, 20_000)
+
+
+def test_a_checkpoint_without_a_command_line_is_refused():
+    with pytest.raises(ValueError, match=r"step_1\.pt: not a checkpoint of a run: its args"):
+        check_same_run(Path("step_1.pt"), ["--lr"], argparse.Namespace(), {}, {})

@@ -68,3 +68,14 @@ def test_a_signal_is_one_line_and_the_handlers_come_back(capsys, number):
     assert run(stopped) == 128 + number
     assert signal.getsignal(number) == before
     assert capsys.readouterr().err.strip() == "x.py: stopped; run it again"
+
+
+def test_a_file_stands_for_its_flags(tmp_path):
+    (tmp_path / "recipe.txt").write_text("# a comment\n--steps 3  # and another\n\n--name 'two words'\n")
+    parser = script.Parser()
+    parser.add_argument("--steps", type=script.at_least(1))
+    parser.add_argument("--name")
+    args = parser.parse_args([f"@{tmp_path}/recipe.txt", "--steps", "4"])
+    assert (args.steps, args.name) == (4, "two words")
+    with pytest.raises(ValueError, match=r"nowhere\.txt"):
+        parser.parse_args(["@nowhere.txt"])

@@ -119,6 +119,7 @@ def test_an_error_of_one_process_ends_all_with_one_line(files, tmp_path, prepare
     assert process.returncode != 0
     lines = [line for line in output.splitlines() if "train.py: error" in line]
     assert len(lines) == 1 and message in lines[0], output
+    assert "(process " not in lines[0]  # it is an error of all
     assert "Traceback" not in output.partition("ChildFailedError")[0].rpartition("Traceback")[0], output
 
 

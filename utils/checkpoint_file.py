@@ -15,13 +15,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from utils.files import atomic_file, sha256
+from utils.files import atomic_file, mistaken, sha256
 
 T = TypeVar("T")
-MISTAKEN = {  # how a file begins that is often taken for a checkpoint -> what it is
-    b"version https://git-lfs": "is a Git-LFS pointer in the place of the file: run git lfs pull",
-    b"<": "is a web page, not a checkpoint: download the file itself",
-}
 
 
 def read(path: str | Path, *, verify: bool = False) -> dict:
@@ -104,13 +100,8 @@ def _what_is_wrong(path: str | Path, error: Exception) -> str:
     """Why a file could not be read, in one line. torch's own advice, to read it unprotected, is never repeated."""
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or _first_line(error)}"
-    with open(path, "rb") as file:
-        start = file.read(512).lstrip().lower()
-    if not start:
-        return "is empty: copy or download it again"
-    for beginning, what in MISTAKEN.items():
-        if start.startswith(beginning):
-            return what
+    if what := mistaken(path):
+        return what
     foreign = re.search(r"(?:GLOBAL|global:?|class) ([\w.]+\.\w+)", str(error))
     if foreign and isinstance(error, pickle.UnpicklingError):
         return f"not a readable checkpoint: holds {foreign[1]}, which is not run, not only weights"

@@ -12,7 +12,9 @@ PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent is
 
 
 def end_when_told() -> None:
-    """Ctrl-C ends the script silently until `script.run` takes over, and so does torchrun's end."""
+    """Ctrl-C ends the script silently until `script.run` takes over, and so does torchrun's end. Not on Windows."""
+    if os.name == "nt":
+        sys.exit("Windows lacks what locks and processes need here: use WSL2 (or Linux, or macOS)")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_torchrun()
 

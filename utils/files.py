@@ -17,8 +17,7 @@ from typing import BinaryIO
 
 BLOCK_BYTES = 1 << 22
 MISTAKEN = {  # how a file begins that is often saved in the place of another -> what it is, and the remedy
-    b"<!doctype": "is a web page: download the file itself",
-    b"<html": "is a web page: download the file itself",
+    b"<": "is a web page: download the file itself",
     b"version https://git-lfs": "is a Git-LFS pointer: run git lfs pull",
 }
 

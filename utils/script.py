@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -27,7 +28,16 @@ DONE, FAILED, BAD_INPUT, BY_SIGNAL = 0, 1, 2, 128  # plus the signal's number
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are ValueErrors, so that they end like all others; on rank 0 it helps."""
+    """An argparse parser whose complaints are ValueErrors, so that they end like all others; on rank 0 it helps.
+
+    @FILE stands for the flags in a file (a recipe), where # begins a comment.
+    """
+
+    def __init__(self, **options: object):
+        super().__init__(fromfile_prefix_chars="@", **options)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
 
     def error(self, message: str) -> None:
         raise ValueError(message.removeprefix("argument "))

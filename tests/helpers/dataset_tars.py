@@ -83,3 +83,11 @@ def label(source, index):
 
 def expected(classes):
     return {f"{name}/{file}": content for name, files in classes.items() for file, content in files.items()}
+
+
+def damaged_tar(path):
+    """Write a tar with 8 bad images among 64, and return its path."""
+    classes = small_classes(classes=2, images=28)
+    for kind, (content, _) in bad_images().items():
+        classes["n00000000"][f"{kind}.JPEG"] = content
+    return class_tars(path, classes)

@@ -246,6 +246,8 @@ def check_same_run(path: Path, args_before: argparse.Namespace, args: argparse.N
 
     Raises ValueError naming what differs where that makes it another run. A flag without effect here is not compared.
     """
+    if not isinstance(args_before, argparse.Namespace):
+        raise ValueError(f"{path}: not a checkpoint of a run: its args are no command line's; move it away")
     before, now = vars(args_before), vars(args)
     changed = {name: (old, now[name]) for name, old in before.items() if name in now and now[name] != old}
     strict = changed.keys() - FREE - {name for name, value in now.items() if value is None}
