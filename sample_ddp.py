@@ -65,8 +65,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--per-proc-batch-size", type=at_least(1), help="default: 256 on a GPU, 16 on a CPU")
     add("--cfg-scale", type=at_least(1.0), default=PUBLISHED.cfg_scale, help="1 = no guidance; published: 4.5, L 4.6")
     add("--cfg-schedule", choices=CFG_SCHEDULES, default=PUBLISHED.cfg_schedule)
-    add("--num-sampling-steps", type=script.within(1, 10**4), default=PUBLISHED.num_sampling_steps,
-        help=f"per token, and a last one of {PUBLISHED.last_step_size}")  # fmt: skip
+    add(
+        "--num-sampling-steps",
+        type=script.within(1, 10**4),
+        default=PUBLISHED.num_sampling_steps,
+        help="per token (default: %(default)s); sde and ode add a small last one, midpoint asks the head twice a step",
+    )
     add("--sampler", choices=list(SAMPLERS), default=PUBLISHED.sampler)
     add("--global-seed", type=script.SEED, default=0)
     labels = parser.add_mutually_exclusive_group().add_argument
@@ -95,7 +99,9 @@ def load_model(args: argparse.Namespace, file: checkpoint_file.Examined) -> Sphe
         raise ValueError(f"--ckpt {args.ckpt} is an S-VAE; sampling needs a SphereAR checkpoint")
     if args.model and size_of(PRESETS[args.model]) != size_of(model.config):
         fitting = [name for name, preset in PRESETS.items() if size_of(preset) == size_of(model.config)]
-        raise ValueError(f"--model {args.model} does not fit --ckpt {args.ckpt}, which is {fitting or 'of no preset'}")
+        raise ValueError(
+            f"--model {args.model} does not fit --ckpt {args.ckpt}, which is {', '.join(fitting) or 'of no preset'}"
+        )
     return model
 
 
@@ -296,7 +302,7 @@ def run(args: argparse.Namespace) -> int:
             sample_batches(args, model, labels, plan, run_folder.key_of(settings))
         if distributed.is_main():
             if not Path(args.sample_dir, "samples.npz").exists():
-                patience = WAIT_SECONDS + time.perf_counter() - start  # others have as much to do as this process
+                patience = WAIT_SECONDS + time.perf_counter() - start  # the others' shares take as long as this one
                 finished = shards.wait_for_shards(Path(args.sample_dir, "shards"), size, len(labels), patience)
             receipt = make_receipt(args, file.path, settings, device, plan.count, time.perf_counter() - start)
             finish(args, config, labels, finished, receipt)

@@ -92,7 +92,7 @@ class Stage:
         return {f"{player.prefix}grad_norm": player.update(self.args.max_grad_norm) for player in self.players}
 
     def has_finite_weights(self) -> bool:
-        """Waits for the device."""
+        """Whether all weights of all players are finite numbers. Waits for the device."""
         return all(player.has_finite_weights() for player in self.players)
 
     def images(self, batch: Sample) -> Tensor:
@@ -258,6 +258,7 @@ def checkpoint_entries(stage: Stage, ema: EMA | None, progress: Progress, args: 
     model = stage.model
     entries = {
         "model": Entry(lambda: checkpoint_state(model), partial(load_state, model)),
+        # nothing here draws from torch's own generator: it is kept for whoever adds something that does
         "rng": Entry(torch.get_rng_state, torch.set_rng_state),
         "step": Entry(lambda: progress.step, partial(setattr, progress, "step")),
         # compared with this run's by check_same_run
@@ -293,8 +294,11 @@ def restore(checkpoints: CheckpointFolder, stage: Stage, entries: dict[str, Entr
         config_before = config_to_dict(config_from_dict(state["config"]))  # with fields that it did not have then
         notes = check_same_run(path, state["args"], args, config_before, config_to_dict(stage.model.config))
         stage.check_continues(state)
-        for name, entry in entries.items():
-            entry.read(state[name])
+        needed = {name: entry.read for name, entry in entries.items() if entry.read is not None}
+        if missing := sorted(needed.keys() - state.keys()):
+            raise ValueError(f"{path}: lacks {', '.join(missing)}; move it away to continue from the one before")
+        for name, read in needed.items():
+            read(state[name])
     distributed.from_main(lambda: checkpoints.continue_from(path))
     for note in notes:
         distributed.print0(note)

@@ -7,18 +7,22 @@ the norm before the projection, the deviation between images and the cosine betw
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib import pyplot
 from tqdm import tqdm
 
 from models import SamplingSettings, SphereAR, from_checkpoint, generate_tokens
-from utils import checkpoint_file, provenance
+from utils import checkpoint_file, provenance, script
 from utils.files import atomic_file, sha256, write_json
 from utils.sampling.draws import image_noise
 from utils.sampling.variance_probe import VarianceProbe, scale_of_tokens
 
+matplotlib.use("Agg")  # no window
 PROJECTIONS = "all", "none"
 PANELS = {
     "norm": "norm before the projection",
@@ -52,11 +56,6 @@ def measure(model: SphereAR, scales: list[float], num_images: int, num_steps: in
 
 def draw(path: Path, records: list[dict], radius: float) -> None:
     """One panel per quantity; colours are guidance scales, dashes are runs without the projection."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(4.5 * len(PANELS), 3.6), layout="constrained")
     scales = sorted({record["cfg_scale"] for record in records})
     colours = dict(zip(scales, pyplot.cm.viridis(torch.linspace(0, 0.9, len(scales)).tolist())))
@@ -76,22 +75,26 @@ def draw(path: Path, records: list[dict], radius: float) -> None:
     pyplot.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = script.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="a SphereAR checkpoint")
     parser.add_argument("--out", default="collapse", help="OUT.json and OUT.png are written (default: %(default)s)")
-    parser.add_argument("--cfg-scales", type=float, nargs="+", default=[1.0, 3.0, 6.0, 9.0])
-    parser.add_argument("--num-images", type=int, default=64, help="classes in turn (default: %(default)s)")
-    parser.add_argument("--num-sampling-steps", type=int, default=SamplingSettings.num_sampling_steps)
-    parser.add_argument("--global-seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        model = checkpoint_file.load(args.ckpt, from_checkpoint)
-        if not isinstance(model, SphereAR):
-            raise ValueError(f"--ckpt {args.ckpt} is an S-VAE; this needs a SphereAR checkpoint")
-        records = measure(model, args.cfg_scales, args.num_images, args.num_sampling_steps, args.global_seed)
-    except ValueError as error:
-        parser.error(str(error))
+    parser.add_argument("--cfg-scales", type=script.at_least(1.0), nargs="+", default=[1.0, 3.0, 6.0, 9.0])
+    parser.add_argument(
+        "--num-images", type=script.at_least(2), default=64, help="classes in turn (default: %(default)s)"
+    )
+    parser.add_argument("--num-sampling-steps", type=script.at_least(1), default=SamplingSettings.num_sampling_steps)
+    parser.add_argument("--global-seed", type=script.SEED, default=0)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    model = checkpoint_file.load(args.ckpt, from_checkpoint)
+    if not isinstance(model, SphereAR):
+        raise ValueError(f"--ckpt {args.ckpt} is an S-VAE; this needs a SphereAR checkpoint")
+    if not Path(args.out).parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    records = measure(model, args.cfg_scales, args.num_images, args.num_sampling_steps, args.global_seed)
     record = {
         "checkpoint": args.ckpt,
         "sha256": sha256(args.ckpt),
@@ -102,7 +105,15 @@ def main(argv: list[str] | None = None) -> None:
     write_json(Path(f"{args.out}.json"), record)
     draw(Path(f"{args.out}.png"), records, model.config.radius)
     print(f"{args.out}.json, {args.out}.png")
+    return script.DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    return script.run(
+        "examples.collapse", parse_args, run, argv,
+        when_stopped="nothing was written", out_of_memory="Lower --num-images.",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -142,11 +142,13 @@ def from_checkpoint(checkpoint: dict, ema: bool = True) -> SphereAR | SVAE:
     ValueError for a checkpoint of another kind. Weights of other float types become float32.
     """
     state = (checkpoint.get("ema") if ema else None) or checkpoint["model"]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError("the weights are not SphereAR's or an S-VAE's: no tensors by their names")
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_complex():
-            raise ValueError(f"the weights are not SphereAR's or an S-VAE's: {str(name)[:80]} is no plain tensor")
+            raise ValueError(f"the weights are not SphereAR's or an S-VAE's: {name[:80]} is no plain tensor")
         if not value.is_floating_point():
-            raise ValueError(f"the weights are not SphereAR's or an S-VAE's: {str(name)[:80]} is {value.dtype}")
+            raise ValueError(f"the weights are not SphereAR's or an S-VAE's: {name[:80]} is {value.dtype}")
     state = {
         name.removeprefix("module.").removeprefix("_orig_mod."): value.to(torch.float32, copy=True)
         for name, value in state.items()

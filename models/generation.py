@@ -85,7 +85,7 @@ def generate_tokens(
     phases: Phases | None = None,
     observe: Callable[[int, Tensor, Tensor], None] = watch_nothing,
 ) -> Tensor:
-    """Tokens (B, P, C) on the sphere (with the projection "all") for classes labels (B,).
+    """Tokens (B, P, C) on the sphere (with the projection "all") for the class labels (B,).
 
     noise(token, rows): rows is B, except at an unguided token of a guided generation: there the null rows (behind)
     draw their own. observe(position, raw, token) sees every token before and after its projection.

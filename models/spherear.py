@@ -112,7 +112,7 @@ class SphereAR(nn.Module):
         return self.head.loss(tokens, self.condition(tokens, labels), t, noise)
 
     def condition(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Conditions (B, P, D) of tokens (B, P, C) of classes labels (B,), each from its class and earlier tokens."""
+        """Conditions (B, P, D) of tokens (B, P, C), each from its class label (B,) and the earlier tokens."""
         x = torch.cat([self._class_tokens(labels), self.proj_in(tokens[:, :-1])], dim=1)
         x = self.emb_norm(x)  # (B, L, D)
         for layer in self.layers:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = "train", "sample_ddp", "evaluator"
-OURS = *SCRIPTS, "models", "dataset", "utils", "tests", "benchmarks"
+OURS = *SCRIPTS, "models", "dataset", "utils", "tests", "benchmarks", "examples"
 GROUND_FLOOR = tuple(f"utils.{path.stem}" for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__")
 WINGS = "utils/training", "utils/sampling", "utils/evaluation"
 
@@ -17,6 +17,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dataset": (("dataset", "utils.files", "utils.noise"), ("torch.distributed",)),
     "utils": (GROUND_FLOOR, ()),
     **{wing: ((*GROUND_FLOOR, wing.replace("/", ".")), ()) for wing in WINGS},
+    "examples": (("models", "dataset", "utils"), ()),
     ".": (("models", "dataset", "utils"), ()),  # the scripts
 }
 
@@ -59,7 +60,7 @@ def test_a_room_imports_only_what_it_may(room):
 def test_every_python_file_of_the_product_is_in_a_room():
     known = {path for room in ROOMS for path in files_of(room)}
     product = {path for path in ROOT.glob("*.py")}
-    product |= {path for folder in ("models", "dataset", "utils") for path in (ROOT / folder).rglob("*.py")}
+    product |= {path for folder in ("models", "dataset", "utils", "examples") for path in (ROOT / folder).rglob("*.py")}
     assert product == known
 
 

@@ -233,7 +233,7 @@ def test_another_run_in_the_same_folder_is_refused(ar, files, tmp_path, capsys):
     shutil.copytree(unpack(files[0], tmp_path / "folder"), tmp_path / "fewer")
     next((tmp_path / "fewer").glob("*/*")).unlink()
     assert_refused(
-        capsys, "num_pictures was 52, now 51", ar("run", "--max-steps", 2, "--data-path", tmp_path / "fewer")
+        capsys, "the number of images was 52, now 51", ar("run", "--max-steps", 2, "--data-path", tmp_path / "fewer")
     )
 
 

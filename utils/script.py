@@ -115,13 +115,13 @@ def raise_on_signals() -> None:
     """From now on SIGTERM and SIGINT raise Stopped, once; a process that hangs over its end is ended by SIGALRM."""
 
     def stop(signum, _frame):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
         signal.alarm(END_WITHIN_SECONDS)
         raise Stopped(signum)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
 
 
 def run(
@@ -137,7 +137,7 @@ def run(
 
     when_stopped: what to tell somebody whose signal ended it; out_of_memory: the remedy for that.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     raise_on_signals()
     early.end_with_torchrun()
     try:
@@ -171,8 +171,8 @@ def run(
         signal.alarm(END_WITHIN_SECONDS)  # NCCL may wait for those that have ended
         distributed.cleanup()
         signal.alarm(0)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def warn(text: str) -> None:

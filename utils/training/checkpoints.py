@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     """One entry of a checkpoint: how it is written, and how it is read back where it is."""
 
     write: Callable[[], object]
-    read: Callable[[object], object] = lambda value: None
+    read: Callable[[object], object] | None = None  # None: it is there for people, or compared elsewhere
 
 
 def snapshot(value: object, copies: dict | None = None) -> object:

@@ -32,6 +32,7 @@ ARCHITECTURE = {
     "image_size", "patch_size", "latent_dim", "posterior", "projection", "sigma", "cls_token_num", "class_dropout",
     "diff_batch_mul",
 }  # fmt: skip
+SHOWN = {"num_pictures": "the number of images"}  # names that checkpoints keep, as people read them
 MEASURED = {"latent_shift", "latent_scale", "svae.latent_shift", "svae.latent_scale"}  # follow from the weights
 FREE = TOLD | ARCHITECTURE | {
     "data_path", "results_dir", "trained_vae", "vgg_weights", "epochs", "max_steps", "grad_accum_steps", "num_workers",
@@ -158,7 +159,7 @@ def fill_in_recipe(args: argparse.Namespace) -> None:
     for name in other.keys() - own.keys():
         if getattr(args, name) is not None:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: is for {stage}")
-    given = {name for name in DEPENDENT if getattr(args, name) is not None}
+    asked = {name for name in DEPENDENT if getattr(args, name) is not None}
     for name, value in {**own, "min_lr": MIN_LR}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -166,7 +167,7 @@ def fill_in_recipe(args: argparse.Namespace) -> None:
         args.decay_start = max(0, args.warmup_steps)
     for name, (has_effect, needed) in DEPENDENT.items():
         if not has_effect(args):
-            if name in given:
+            if name in asked:
                 raise ValueError(f"{flag(name)} {getattr(args, name)}: has an effect only {needed}; leave it out")
             setattr(args, name, None)
 
@@ -251,7 +252,7 @@ def check_same_run(path: Path, args_before: argparse.Namespace, args: argparse.N
     before, now = vars(args_before), vars(args)
     changed = {name: (old, now[name]) for name, old in before.items() if name in now and now[name] != old}
     strict = changed.keys() - FREE - {name for name, value in now.items() if value is None}
-    others = [f"{name} was {old}, now {new}" for name, (old, new) in changed.items() if name in strict]
+    others = [f"{SHOWN.get(name, name)} was {old}, now {new}" for name, (old, new) in changed.items() if name in strict]
     if "vae_only" not in changed:
         old, new = flatten(config_before), flatten(config)
         others += [f"architecture: {name} was {old.get(name)}, now {new.get(name)}"
