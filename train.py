@@ -119,8 +119,9 @@ class SVAEStage(Stage):
 
     def __init__(self, args: argparse.Namespace, config: SVAEConfig, device: torch.device):
         super().__init__(args, device)
-        if args.disc_weight > 0 and config.image_size < 32:
-            raise ValueError(f"--image-size {config.image_size}: the discriminator needs 32; or set --disc-weight 0")
+        for weight, least, what in (("disc", 32, "the discriminator"), ("perceptual", 16, "LPIPS")):
+            if getattr(args, f"{weight}_weight") > 0 and config.image_size < least:
+                raise ValueError(f"--image-size {config.image_size}: {what} needs {least}; or set --{weight}-weight 0")
         vae = self.model = SVAE(config).to(device, memory_format=self.memory_format)
         vae.encoder.grad_checkpointing = vae.decoder.grad_checkpointing = args.grad_checkpointing
         self.autoencoder = self.add_player("model", vae)
@@ -382,6 +383,8 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
         f"{progress.total_steps} steps done; batch {args.global_batch_size} = {args.world_size} processes "
         f"({device.type}) x {args.grad_accum_steps} parts x {batch_size}"
     )
+    if progress.is_done:
+        tracker.print("nothing is left to do; more --epochs or --max-steps would continue")
     stopped = False
     while not progress.is_done and not stopped:
         batches = [next(parts) for _ in range(loader.batches_per_step)]

@@ -421,3 +421,19 @@ def test_a_state_dict_of_another_architecture_is_one_line(ar, files, tmp_path, c
 @pytest.mark.parametrize("seed", [2**64 - 1, 2**63])
 def test_seeds_of_64_bits(ar, seed):
     run_here(*ar("run", "--max-steps", 1, "--global-seed", seed))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (["--disc-weight", 0.5, "--perceptual-weight", 0], "--image-size 8: the discriminator needs 32"),
+        (
+            ["--disc-weight", 0, "--perceptual-weight", 1],
+            "--image-size 8: LPIPS needs 16; or set --perceptual-weight 0",
+        ),
+    ],
+)
+def test_images_too_small_for_a_loss_are_refused(files, tmp_path, weights, message, capsys):
+    command = flags(files[0], tmp_path / "run", "--image-size", 8, *weights)
+    assert train.main(command) == 2
+    assert message in capsys.readouterr().err
