@@ -10,7 +10,7 @@ STRIDES = 2, 2, 2, 1
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, 3, S, S) in [-1, 1] -> logits (B, 1, s, s); s = 30 at S = 256. Needs S >= 32: below, one logit sees all.
+    """Images (B, 3, S, S) in [-1, 1] -> logits (B, 1, s, s); s = 30 at S = 256. Needs S >= 32.
 
     The norms always use the statistics of their batch (the discriminator exists only in training), so no running ones
     are kept. Initialised N(0, 0.02) as in pix2pix: the norms' gains around 1, their biases 0; the convolutions' biases
