@@ -206,6 +206,8 @@ def _places(path: Path) -> list[Path]:
 def _load_stored(path: Path, stat: os.stat_result) -> TarIndex | None:
     """The stored index, or None where there is none that is whole and belongs to this very tar."""
     for place in _places(path):
+        if not place.is_file():
+            continue
         try:
             with zipfile.ZipFile(place) as archive:
                 if archive.testzip() is not None:  # CRC of every array, before anything in it is believed
@@ -214,11 +216,24 @@ def _load_stored(path: Path, stat: os.stat_result) -> TarIndex | None:
                 if file["key"].tolist() != [VERSION, stat.st_size, stat.st_mtime_ns]:
                     continue
                 index = TarIndex(file["classes"].tolist(), file["ends"], file["offsets"], file["sizes"])
+            if not _is_consistent(index):
+                continue
         except (OSError, EOFError, ValueError, KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
             continue
         if _belongs(index, path):
             return index
     return None
+
+
+def _is_consistent(index: TarIndex) -> bool:
+    """Whether the parts fit each other: another program may have written the file."""
+    numbers = index.ends, index.offsets, index.sizes
+    return (
+        all(part.ndim == 1 and part.dtype.kind in "iu" and len(part) for part in numbers)
+        and len(index.ends) == len(index.classes)
+        and len(index.offsets) == len(index.sizes) == index.ends[-1]
+        and bool((np.diff(index.ends, prepend=0) > 0).all())
+    )
 
 
 def _belongs(index: TarIndex, path: Path, probes: int = 16) -> bool:

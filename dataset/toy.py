@@ -11,6 +11,7 @@ import importlib.util
 import io
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,10 +91,18 @@ def class_agreement(data_path: str | Path, samples: str | Path) -> float:
     """
     from sklearn.svm import SVC
 
-    with np.load(samples, allow_pickle=False) as arrays:
-        if not {"arr_0", "arr_1"} <= set(arrays.files):
-            raise ValueError(f"{samples}: needs arr_0 (images) and arr_1 (labels), has {', '.join(arrays.files)}")
-        generated, asked = arrays["arr_0"], arrays["arr_1"]
+    if not Path(samples).is_file():
+        raise ValueError(f"{samples}: is no file")
+    try:
+        with np.load(samples, allow_pickle=False) as arrays:
+            generated, asked = arrays["arr_0"], arrays["arr_1"]
+    except (ValueError, KeyError, IndexError, TypeError, EOFError, AttributeError, zipfile.BadZipFile):
+        raise ValueError(f"{samples}: needs arr_0 (images) and arr_1 (labels), undamaged") from None
+    is_square = generated.ndim == 4 and generated.shape[1] == generated.shape[2] > 0 and generated.shape[3] == 3
+    if not is_square or generated.dtype != np.uint8 or asked.shape != (len(generated),) or asked.dtype.kind not in "iu":
+        raise ValueError(
+            f"{samples}: needs uint8 images (N, S, S, 3) and N labels, has {generated.shape}, {asked.shape}"
+        )
     data = ImageDataset(open_source(data_path), image_size=generated.shape[1], seed=0)
     real = [data[i] for i in range(len(data))]
     images = np.stack([sample.image.permute(1, 2, 0).numpy() for sample in real])

@@ -40,6 +40,8 @@ def vgg_weights(file: str | Path | None = None) -> dict[str, Tensor]:
     """
     url = VGG16_Weights.IMAGENET1K_V1.url
     try:
+        if file is not None and not Path(file).is_file():
+            raise OSError(f"{file} is no file")
         if file is not None:
             return torch.load(file, map_location="cpu", weights_only=True)
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)

@@ -227,3 +227,15 @@ def kill_savers(folder: CheckpointFolder, kills: int, size: int) -> tuple[int, i
 def test_killed_while_saving_loses_nothing(folder):
     _, lost = kill_savers(folder, kills=10, size=1_000_000)
     assert lost == 0
+
+
+def test_older_files_that_are_no_checkpoints_of_a_run_are_never_deleted(folder):
+    foreign = folder.folder / "step_00000000.pt"
+    checkpoint_file.write({"model": {"vae.a": torch.ones(2)}}, foreign)
+    (folder.folder / "step_00000001.pt").write_text("my notes")
+    (folder.folder / "step_00000002.pt").mkdir()
+    for step in range(3, 7):
+        folder.save(state(step), step)
+        assert folder.wait()
+    left = sorted(path.name for path in folder.folder.glob("step_*.pt"))
+    assert left == [f"step_{step:08d}.pt" for step in (0, 1, 2, 5, 6)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.files import atomic_file, lock, remove_leftovers
+from utils.files import atomic_file, lock, read_json, remove_leftovers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,3 +120,29 @@ def test_two_never_hold_a_lock_at_once(tmp_path):
     taken = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert sum(map(int, taken)) > 20
+
+
+def test_a_lock_that_is_not_ours_is_left_alone(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("data")
+    folders = [tmp_path / name for name in ("link", "text", "pipe")]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / ".lock").symlink_to(precious)
+    (folders[1] / ".lock").write_text("my notes")
+    os.mkfifo(folders[2] / ".lock")
+    for folder in folders:
+        with ExitStack() as stack, pytest.raises((ValueError, OSError), match="no lock of ours"):
+            lock(folder, stack, "--x")
+    assert precious.read_text() == "data" and (folders[1] / ".lock").read_text() == "my notes"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "deep"])
+def test_json_that_cannot_be_read_is_named(tmp_path, kind):
+    path = tmp_path / "run.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"run\.json is damaged, no JSON object: do this"):
+        read_json(path, "do this")

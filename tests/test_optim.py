@@ -179,3 +179,17 @@ def test_states_of_another_memory_format_are_laid_out_as_the_weights():
         module(x).square().sum().backward()
         update(optimizer, list(module.parameters()), max_grad_norm=1.0)
     torch.testing.assert_close(here.weight, there.weight, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("broken", ["shape", "none", "empty"])
+def test_an_optimizer_of_another_model_is_refused(broken):
+    """Fused AdamW would read beyond the end of a moment that is too small."""
+    weight = nn.Parameter(torch.zeros(4, 5))
+    optimizer = build_adamw([("a", weight)], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state_dict()
+    if broken == "shape":
+        state["state"][0]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="the checkpoint's optimizer"):
+        load_optimizer(optimizer, {"shape": state, "none": None, "empty": {}}[broken])

@@ -261,3 +261,19 @@ def test_class_tars_may_be_named_in_capitals(tmp_path):
     path.write_bytes(tar_bytes({"n1.TAR": tar_bytes({"1.JPEG": b"x"}), "n0.Tar": tar_bytes({"0.JPEG": b"y"})}))
     source = open_source(path, 2)
     assert source.classes == ["n0", "n1"] and source.read(0) == b"y"
+
+
+@pytest.mark.parametrize("part, change", [
+    ("ends", lambda values: values[:-1]), ("ends", lambda values: values + 5), ("sizes", lambda values: values[:-1]),
+    ("offsets", lambda values: values.astype(float)), ("offsets", lambda values: values[:0]),
+])  # fmt: skip
+def test_an_index_whose_parts_do_not_fit_is_built_anew(tmp_path, part, change):
+    path = class_tars(tmp_path / "train.tar", small_classes())
+    good = load_index(path)
+    stored = next(tmp_path.glob("*.npz"))
+    with np.load(stored, allow_pickle=False) as file:
+        parts = {name: file[name] for name in file.files}
+    np.savez(stored, **{**parts, part: change(parts[part])})
+    again = load_index(path)
+    assert again.classes == good.classes
+    assert all((a == b).all() for a, b in zip(again[1:], good[1:], strict=True))

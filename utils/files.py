@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 BLOCK_BYTES = 1 << 22
+LOCKED_BY = "process "  # how the text in a lock begins
 MISTAKEN = {  # how a file begins that is often saved in the place of another -> what it is, and the remedy
     b"<": "is a web page: download the file itself",
     b"version https://git-lfs": "is a Git-LFS pointer: run git lfs pull",
@@ -63,7 +64,12 @@ def lock(folder: Path, stack: ExitStack, flag: str) -> bool:
     """
     path = folder / ".lock"
     while True:
-        file = stack.enter_context(open(path, "a+"))  # noqa: SIM115 (held until the stack closes)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(f"{path}: is no lock of ours; move it away, or choose another {flag}")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = stack.enter_context(os.fdopen(descriptor, "r+", errors="replace"))
+        if file.read(len(LOCKED_BY)) not in ("", LOCKED_BY):
+            raise ValueError(f"{path}: is no lock of ours; move it away, or choose another {flag}")
         os.register_at_fork(after_in_child=file.close)  # a loader's worker may live on for a moment
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +84,8 @@ def lock(folder: Path, stack: ExitStack, flag: str) -> bool:
     stack.callback(path.unlink, missing_ok=True)  # before the lock is given up
     with suppress(OSError):  # a full disk
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        file.seek(0)
+        file.write(f"{LOCKED_BY}{os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         file.flush()
     return True
 
@@ -95,8 +102,8 @@ def sync(path: Path) -> None:
 def read_json(path: Path, remedy: str) -> dict:
     """The object that write_json wrote. ValueError names a file that holds something else, and the remedy."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would wait for ever
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged, no JSON object: {remedy}")

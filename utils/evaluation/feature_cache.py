@@ -39,6 +39,8 @@ def load_features(images: Path, key: dict, names: set[str]) -> tuple[Features, s
 
     None: there is no cache, it was saved under another key, or it is damaged.
     """
+    if not cache_path(images).is_file():
+        return None
     try:
         with np.load(cache_path(images), allow_pickle=False) as archive:
             record = json.loads(bytes(archive["record"]))

@@ -52,6 +52,8 @@ class NpzReader:
         self.statistics: dict[str, np.ndarray] = {}
         self._stream: BinaryIO | None = None
         self._position = 0  # image index at which _stream stands
+        if self.path.exists() and not self.path.is_file():  # a pipe would be waited for, for ever
+            raise ValueError(f"{self.path}: is no file")
         with self._faults(), zipfile.ZipFile(self.path) as archive:
             names = set(archive.namelist())
             if "arr_0.npy" in names:

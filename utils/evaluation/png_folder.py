@@ -36,6 +36,8 @@ class PngFolder:
 
     def _open(self, file: Path) -> Image.Image:
         """A file of which only the header is read so far; of the first one's size, when that is known."""
+        if not file.is_file():
+            raise ValueError(f"{file}: is no file; move it away")
         try:
             image = Image.open(file, formats=["PNG"])
         except Exception as error:  # Pillow raises a dozen kinds

@@ -43,6 +43,8 @@ def check_outputs(reference: Path, samples: Path, cache_features: bool = False, 
     if statistics and not (statistics.parent.is_dir() and os.access(statistics.parent, os.W_OK)):
         raise ValueError(f"--save-statistics {statistics}: {statistics.parent} is no folder that can be written to")
     caches = [cache_path(path) for path in (reference, samples)] if cache_features else []
+    if statistics in (*outputs(samples), *caches):
+        raise ValueError(f"--save-statistics {statistics}: results go there; give another name")
     for path in (*outputs(samples), *caches):
         if any(path == given or (path.exists() and path.samefile(given)) for given in (reference, samples)):
             what = "features" if path in caches else "results"
@@ -52,8 +54,9 @@ def check_outputs(reference: Path, samples: Path, cache_features: bool = False, 
         raise ValueError(
             f"{numbers.parent}: cannot be written to, but the results go there; link the samples elsewhere"
         )
-    if numbers.exists() and not all(
-        line.startswith(METRICS) for line in numbers.read_bytes().decode("latin1").splitlines()
+    known = tuple(f"{name}:" for name in METRICS)
+    if numbers.exists() and not (
+        numbers.is_file() and all(line.startswith(known) for line in numbers.read_bytes().decode("latin1").splitlines())
     ):
         raise ValueError(f"{numbers} is no result of an evaluation: move it away to let one be written")
     recorded(record)

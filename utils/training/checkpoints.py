@@ -161,5 +161,13 @@ class CheckpointFolder:
         newest_step = int(NAME.fullmatch(newest.name)[1])
         for step, path in self.found():
             is_kept = path in self.good or path in self.foreign or NAME.fullmatch(path.name)[2]
-            if step < newest_step and not is_kept:
+            if step < newest_step and not is_kept and self._is_of_a_run(path):
                 path.unlink(missing_ok=True)
+
+    def _is_of_a_run(self, path: Path) -> bool:
+        """Whether this is a checkpoint of a run, not just called like one; asked before it is deleted."""
+        try:
+            return checkpoint_file.read(path).keys() >= KEYS
+        except ValueError:
+            self.foreign.add(path)
+            return False

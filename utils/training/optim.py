@@ -54,9 +54,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     A GPU's checkpoint has channels_last moments where a CPU's weights are contiguous, and the other way round; fused
     AdamW on a CPU would silently pair the wrong elements.
     """
-    optimizer.load_state_dict(state)
+    try:
+        optimizer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the checkpoint's optimizer is not this model's: {error}") from None
     for weight, moments in optimizer.state.items():
         for name, value in moments.items():
+            if name.startswith("exp_avg") and value.shape != weight.shape:  # fused AdamW would read beyond its end
+                raise ValueError(f"the checkpoint's optimizer has {name} {tuple(value.shape)} of {tuple(weight.shape)}")
             like = weight if value.shape == weight.shape else value
             moments[name] = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 

@@ -118,7 +118,7 @@ def parse_args(
     add("--aug-decay-end-epoch", type=at_least(0), default=375, help="from here centre crops remain [%(default)s]")
     add("--no-flip", action="store_true", help="no horizontal flips (digits, letters)")
     add("--max-bad-share", type=at_least(0.0), default=0.001, help="unreadable images replaced before it is an error")
-    add("--num-workers", type=at_least(0), default=8, help="loading processes per training process [%(default)s]")
+    add("--num-workers", type=within(0, 1024), default=8, help="loading processes per training process [%(default)s]")
 
     add(
         "--mixed-precision", choices=["none", "bf16", "fp16"], help="autocast over float32 weights [bf16; none on CPUs]"
