@@ -65,4 +65,4 @@ def test_as_a_log(tmp_path, capsys):
     os.mkfifo(tmp_path / "run" / "log.txt")
     command = small_run.flags(small_run.write_tar(tmp_path / "t.tar"), tmp_path / "run", "--max-steps", 1)
     assert train.main(command) == 2
-    assert "log.txt: is no file" in capsys.readouterr().err
+    assert "log.txt: is a pipe" in capsys.readouterr().err

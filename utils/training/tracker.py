@@ -69,8 +69,8 @@ class Tracker:
         with distributed.all_or_none():
             if distributed.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
-                if (folder / "log.txt").exists() and not (folder / "log.txt").is_file():
-                    raise ValueError(f"{folder / 'log.txt'}: is no file; move it away")
+                if (folder / "log.txt").is_fifo():  # it would be waited for, for ever
+                    raise ValueError(f"{folder / 'log.txt'}: is a pipe; move it away")
                 self.file = open(folder / "log.txt", "ab", buffering=0)  # noqa: SIM115
         if self.file is not None:
             with self._tensorboard():
