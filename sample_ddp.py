@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_model(args: argparse.Namespace, file: checkpoint_file.Examined) -> SphereAR:
     """The model of --ckpt in float32, on the CPU. ValueError for another kind, or another size than --model says."""
-    model = checkpoint_file.load_examined(file, models.from_checkpoint).float()
+    model = checkpoint_file.load_examined(file, models.from_checkpoint)
     if not isinstance(model, SphereAR):
         raise ValueError(f"--ckpt {args.ckpt} is an S-VAE; sampling needs a SphereAR checkpoint")
     if args.model and size_of(PRESETS[args.model]) != size_of(model.config):

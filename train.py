@@ -105,8 +105,8 @@ class Stage:
     def check_continues(self, state: dict) -> None:
         """Raises ValueError where the checkpoint `state` cannot be continued in this stage."""
 
-    def finish(self, averaged: nn.Module, data: ImageDataset, step: int, report: Callable[[str], None]) -> None:
-        """What is left to do after the last update and before it is saved."""
+    def finish(self, averaged: Callable, data: ImageDataset, step: int, report: Callable[[str], None]) -> None:
+        """What is left to do after the last update and before it is saved; `with averaged()` gives the model for it."""
 
 
 def posterior_draws(svae: SVAE, draws: StepDraws) -> Draws:
@@ -180,17 +180,19 @@ class SVAEStage(Stage):
         images = self.images(batch)[:NUM_PREVIEWS]
         return torch.cat([images, averaged.decode(averaged.to_tokens(averaged.encode(images).mode())).float()])
 
-    def finish(self, averaged: SVAE, data: ImageDataset, step: int, report: Callable[[str], None]) -> None:
+    def finish(self, averaged: Callable, data: ImageDataset, step: int, report: Callable[[str], None]) -> None:
         """Measure the shift and scale of flat latents, which the AR model will need."""
-        if not averaged.config.is_flat:
+        config = self.model.config
+        if not config.is_flat:
             return
         mine = Subset(data, range(min(len(data), NUM_MEASURED))[distributed.rank() :: distributed.world_size()])
         batches = DataLoader(mine, MEASURED_AT_ONCE, generator=torch.Generator())  # else it draws from torch's own
-        found = measure_scale(
-            averaged.encode(self.images(batch)).sample_from(posterior_draws(averaged, self.draws(batch, step)))
-            for batch in batches
-        )
-        self.model.config = dataclasses.replace(averaged.config, latent_shift=found.shift, latent_scale=found.scale)
+        with averaged() as model:
+            found = measure_scale(
+                model.encode(self.images(batch)).sample_from(posterior_draws(model, self.draws(batch, step)))
+                for batch in batches
+            )
+        self.model.config = dataclasses.replace(config, latent_shift=found.shift, latent_scale=found.scale)
         report(str(found))
 
 
@@ -408,8 +410,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
             with averaged(stage, ema) as model:
                 tracker.image("images", stage.preview(model, batches[0]))
         if progress.is_done:
-            with averaged(stage, ema) as model:
-                stage.finish(model, data, step, tracker.print)
+            stage.finish(partial(averaged, stage, ema), data, step, tracker.print)
         if step % args.save_every == 0 or ends_epoch or is_end:
             skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
             if not stage.has_finite_weights():
