@@ -14,7 +14,7 @@ WINDOW = 11  # pixels that SSIM's Gaussian window (sigma 1.5) spans
 
 
 def psnr(images: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (n,) in decibels, 10 log10(255^2 / mean squared error), to 1e-5; infinite for equal ones."""
+    """Peak signal-to-noise ratio (n,) in decibels, 10 log10(255^2 / mean squared error); equal images have infinity."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     images, reference = channels_first(images, reference)
