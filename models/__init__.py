@@ -9,7 +9,7 @@ from models.checkpoint import (
     load_state,
     own_names,
 )
-from models.generation import Phases, SamplingSettings, decode, generate_tokens
+from models.generation import Phases, SamplingSettings, decode, encode, generate_tokens
 from models.sphere import HypersphericalUniform, PowerSpherical, project_to_sphere
 from models.spherear import PRESETS, SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig, stem_channels_for
@@ -31,6 +31,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "decode",
+    "encode",
     "from_checkpoint",
     "generate_tokens",
     "load_state",

@@ -482,7 +482,7 @@ def test_pixels_that_are_not_finite_become_no_images(sample, monkeypatch, capsys
             yield part
 
     monkeypatch.setattr(models, "decode", broken)
-    monkeypatch.setattr("models.generation.DECODE_PIXELS", {"cpu": 2 * 32 * 32})
+    monkeypatch.setattr("models.generation.PIXELS_AT_ONCE", {"cpu": 2 * 32 * 32})
     code, folder = sample("run", "--num-fid-samples", 3)
     assert code == 1 and not list((folder / "shards").iterdir())
     assert "image 1 has values that are not finite" in capsys.readouterr().err
