@@ -8,6 +8,7 @@ from models.checkpoint import (
     from_checkpoint,
     load_state,
     own_names,
+    preset_of,
 )
 from models.generation import Phases, SamplingSettings, decode, encode, generate_tokens
 from models.sphere import HypersphericalUniform, PowerSpherical, project_to_sphere
@@ -36,6 +37,7 @@ __all__ = [
     "generate_tokens",
     "load_state",
     "own_names",
+    "preset_of",
     "project_to_sphere",
     "stem_channels_for",
 ]

@@ -124,7 +124,7 @@ def generate_tokens(
 
 @torch.no_grad()
 def encode(model: SphereAR | SVAE, images: Tensor) -> Tensor:
-    """Tokens (B, P, C) of images (B, 3, S, S) in [-1, 1]: the mode of the S-VAE's posterior, as the AR model knows it."""
+    """Tokens (B, P, C), as the AR model knows them, of images (B, 3, S, S) in [-1, 1]: the posterior's mode."""
     vae = _svae_of(model)
     return torch.cat([vae.to_tokens(vae.encode(part).mode()) for part in _parts(vae, images)])
 
