@@ -176,7 +176,7 @@ def test_importing_and_loading_changes_nothing_and_brings_nothing_slow(ckpt):
         "from sample_ddp import load, generate, encode, decode\n"
         "load(sys.argv[1])\n"
         "assert signal.getsignal(signal.SIGINT) is before\n"
-        "slow = {'torch._dynamo', 'torchvision', 'scipy', 'matplotlib', 'tensorflow', 'huggingface_hub', 'safetensors'}\n"
+        "slow = {'torch._dynamo', 'torchvision', 'scipy', 'matplotlib', 'huggingface_hub', 'safetensors'}\n"
         "assert not slow & sys.modules.keys(), slow & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code, ckpt], cwd=Path(__file__).parents[1], check=True)
