@@ -84,13 +84,24 @@ def _add(tar: tarfile.TarFile, name: str, content: io.BytesIO) -> None:
     tar.addfile(member, content)
 
 
+class Judge:
+    """A support-vector classifier of real images, uint8 (N, S, S, 3) with labels (N,)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        from sklearn.svm import SVC
+
+        self.classifier = SVC(C=10).fit(_as_vectors(images), labels)
+
+    def agreement(self, images: np.ndarray, asked: np.ndarray) -> float:
+        """Share of images that it labels as they were asked for."""
+        return float((self.classifier.predict(_as_vectors(images)) == asked).mean())
+
+
 def class_agreement(data_path: str | Path, samples: str | Path) -> float:
-    """Share of samples that a support-vector classifier, fitted on the real images, labels as they were asked for.
+    """Share of samples that a `Judge` of the real images labels as they were asked for.
 
     `samples` is an .npz: images `arr_0`, uint8 (N, S, S, 3), and labels `arr_1`. Raises ValueError where either lacks.
     """
-    from sklearn.svm import SVC
-
     if not Path(samples).is_file():
         raise ValueError(f"{samples}: is no file")
     try:
@@ -106,8 +117,8 @@ def class_agreement(data_path: str | Path, samples: str | Path) -> float:
     data = ImageDataset(open_source(data_path), image_size=generated.shape[1], seed=0)
     real = [data[i] for i in range(len(data))]
     images = np.stack([sample.image.permute(1, 2, 0).numpy() for sample in real])
-    judge = SVC(C=10).fit(_as_vectors(images), [sample.label for sample in real])
-    return float((judge.predict(_as_vectors(generated)) == asked).mean())
+    judge = Judge(images, np.array([sample.label for sample in real]))
+    return judge.agreement(generated, asked)
 
 
 def _as_vectors(images: np.ndarray) -> np.ndarray:
