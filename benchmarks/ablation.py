@@ -25,7 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import ablation_report
 from dataset.toy import Judge, write_toy
+from examples import collapse
+from models import PRESETS
 from utils import provenance, script
 from utils.evaluation.frechet import Moments, frechet_distance
 from utils.evaluation.mind import mind
@@ -33,7 +36,9 @@ from utils.files import atomic_file, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "ablation"
+PICTURES, DOCUMENT = ROOT / "assets", ROOT / "docs" / "ablation.md"
 MIND_SEED = 2020  # the evaluator's
+PROBED = "S-04", "G-04", "G-16"  # whose probe is drawn
 
 # name -> flags of the S-VAE's stage, after the paper's names: KL weight in thousandths, F's deviation in tenths
 VARIANTS = {
@@ -283,10 +288,6 @@ def short_probe(records: list[dict]) -> list[dict]:
 # ---- all runs ----------------------------------------------------------------------------------------------------
 
 
-def result_path(results: Path, suite: str, variant: str, seed: int) -> Path:
-    return results / suite / f"{variant}_seed{seed}.json"
-
-
 def write_result(path: Path, record: dict) -> None:
     """As JSON, one line for each entry."""
     lines = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in record.items()]
@@ -303,6 +304,32 @@ def is_finished(path: Path, flags: dict[str, str]) -> bool:
     return True
 
 
+def load_results(folder: Path) -> dict[str, list[dict]]:
+    """The records in a suite's folder by variant, in the order of VARIANTS and of seeds."""
+    results = {}
+    for name in VARIANTS:
+        for path in sorted(folder.glob(f"{name}_seed*.json")):
+            results.setdefault(name, []).append(read_json(path, "remove it to repeat the run"))
+    return results
+
+
+def report(name: str, out: Path) -> None:
+    """Picture, the probe's pictures and table of a suite's results, in assets/ and docs/ablation.md."""
+    results = load_results(out / name)
+    if not results:
+        raise ValueError(f"--out {out}: has no results of {name}; leave out --report to make them")
+    floor = read_json(out / name / "floor.json", "remove it, and leave out --report once")
+    ablation_report.draw(PICTURES / f"ablation_{name}.png", results, floor)
+    for variant in PROBED:
+        if variant in results:
+            path = PICTURES / f"ablation_{name}_{variant}.png"
+            collapse.draw(path, results[variant][0]["probe"], PRESETS["SphereAR-Nano"].radius)
+    runs = [run for found in results.values() for run in found]
+    commits = ", ".join(sorted({str(run["commit"])[:12] for run in runs}))
+    made_by = f"{len(runs)} runs; {floor['device']}, torch {floor['versions']['torch']}, commit {commits}."
+    ablation_report.write_between(DOCUMENT, name, f"{ablation_report.table(results, floor)}\n\n{made_by}")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -310,24 +337,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--variants", nargs="+", choices=list(VARIANTS), help="only these")
     add("--seeds", type=script.SEED, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     add("--jobs", type=script.at_least(1), default=os.cpu_count(), help="runs at a time, of one thread each [cores]")
+    add("--report", action="store_true", help="only picture and table, of the results that are there")
     add("--work", type=Path, default=ROOT / "ablation", help="folder of checkpoints and samples [ablation]")
     add("--out", type=Path, default=RESULTS, help="folder of results [benchmarks/results/ablation]")
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> int:
-    torch.set_num_threads(1)
+def run_missing(args: argparse.Namespace) -> list[str]:
+    """Run what has no result yet, and write it; the names of runs that failed."""
     suite, commands, failed = SUITES[args.suite], Commands(), []
-    variants = [variant for variant in args.variants or suite.variants]
+    variants = args.variants or suite.variants
     runs = [(variant, seed) for seed in args.seeds for variant in variants]  # all variants of a seed first
-    missing = [
-        (variant, seed)
-        for variant, seed in runs
-        if not is_finished(result_path(args.out, args.suite, variant, seed), flags_of(suite, variant, seed))
-    ]
-    print(f"{args.suite}: {len(runs)} runs, {len(runs) - len(missing)} of them finished before", flush=True)
+    paths = {(variant, seed): args.out / args.suite / f"{variant}_seed{seed}.json" for variant, seed in runs}
+    missing = [run for run, path in paths.items() if not is_finished(path, flags_of(suite, *run))]
+    print(f"{args.suite}: {len(paths)} runs, {len(paths) - len(missing)} of them finished before", flush=True)
     if not missing:
-        return script.DONE
+        return failed
     (args.out / args.suite).mkdir(parents=True, exist_ok=True)
     work = args.work.resolve() / args.suite
     real = Real(suite, work / "data", commands)
@@ -336,16 +361,15 @@ def run(args: argparse.Namespace) -> int:
         write_result(floor, {**real.floor(work / "data"), **provenance.provenance(torch.device("cpu"))})
 
     def one(variant: str, seed: int) -> None:
-        name = f"{variant}_seed{seed}"
-        start = time.perf_counter()
+        path, start = paths[variant, seed], time.perf_counter()
         try:
-            record = run_variant(suite, variant, seed, work / name, real, commands)
-        except Exception as error:
-            failed.append(name)
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
-            return
-        write_result(result_path(args.out, args.suite, variant, seed), {"suite": args.suite, **record})
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+            record = run_variant(suite, variant, seed, work / path.stem, real, commands)
+            write_result(path, {"suite": args.suite, **record})
+        except Exception as error:  # the others go on
+            failed.append(path.stem)
+            print(f"{path.stem}: {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"{path.stem}: {time.perf_counter() - start:.0f} s", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
@@ -355,6 +379,13 @@ def run(args: argparse.Namespace) -> int:
             pool.shutdown(wait=False, cancel_futures=True)
             commands.stop()
             raise
+    return failed
+
+
+def run(args: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
+    failed = [] if args.report else run_missing(args)
+    report(args.suite, args.out)
     return script.FAILED if failed else script.DONE
 
 
