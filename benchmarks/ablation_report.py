@@ -14,7 +14,6 @@ from matplotlib import pyplot
 from utils.files import atomic_file
 
 matplotlib.use("Agg")  # no window
-LEVEL = 0.9  # of class agreement, at which distances are compared
 
 Results = dict[str, list[dict]]  # variant -> its runs
 
@@ -29,7 +28,7 @@ def at_scale(runs: list[dict], scale: float, metric: str) -> list[float]:
     return [point[metric] for run in runs for point in run["points"] if point["cfg_scale"] == scale]
 
 
-def distance_at_level(run: dict, level: float = LEVEL) -> float:
+def distance_at_level(run: dict, level: float) -> float:
     """Distance where class agreement first reaches `level`, linear between guidance scales; nan where it never does."""
     before = None
     for agreement, distance in zip(values(run, "class_agreement"), values(run, "pixel_frechet")):
@@ -58,15 +57,18 @@ def mean_text(found: list[float], digits: int) -> str:
     return f"{np.mean(found):.{digits}f}{deviation}"
 
 
-def table(results: Results, floor: dict) -> str:
-    """Markdown: a row for each variant, by KL weight and then by measured nats per token; real images last."""
+def table(results: Results, floor: dict, level: float) -> str:
+    """Markdown: a row for each variant, by KL weight and then by measured nats per token; real images last.
+
+    `level` is the class agreement at which distances are compared.
+    """
     runs = next(iter(results.values()))
     scales = values(runs[0], "cfg_scale")
     shown = [scale for scale in (1, 3, scales[-1]) if scale in scales]
     inception = [point["cfg_scale"] for point in runs[0]["points"] if "inception_mind" in point]
     head = ["variant", "seeds", "KL weight", "nats per token", "L1 of reconstructions"]
     head += [f"guidance {scale:g}: agreement %, distance" for scale in shown]
-    head += [f"distance at {100 * LEVEL:g} % agreement", "norm of first → last token"]
+    head += [f"distance at {100 * level:g} % agreement", "norm of first → last token"]
     head += [f"guidance {scale:g}: Inception MIND" for scale in inception]
     rows = []
     for name, runs in sorted(results.items(), key=lambda pair: (pair[1][0]["kl_weight"], mean_nats(pair[1]))):
@@ -75,7 +77,7 @@ def table(results: Results, floor: dict) -> str:
         for scale in shown:
             agreement = mean_text([100 * share for share in at_scale(runs, scale, "class_agreement")], 1)
             row.append(f"{agreement}, {mean_text(at_scale(runs, scale, 'pixel_frechet'), 2)}")
-        row += [mean_text([distance_at_level(run) for run in runs], 2)]
+        row += [mean_text([distance_at_level(run, level) for run in runs], 2)]
         row += ["{:.2f} → {:.2f}".format(*np.mean([norms(run) for run in runs], axis=0))]
         row += [mean_text(at_scale(runs, scale, "inception_mind"), 1) for scale in inception]
         rows.append(row)
@@ -88,7 +90,7 @@ def mean_nats(runs: list[dict]) -> float:
     return float(np.mean([run["nats_per_token"] for run in runs]))
 
 
-def draw(path: Path, results: Results, floor: dict) -> None:
+def draw(path: Path, results: Results, floor: dict, level: float) -> None:
     """Agreement against distance, distance against guidance, and the distance at equal agreement against nats."""
     figure, (frontier, guidance, rate) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     families = list(dict.fromkeys(name.partition("-")[0] for name in results))
@@ -99,7 +101,7 @@ def draw(path: Path, results: Results, floor: dict) -> None:
                  "linewidth": 1.2, "elinewidth": 0.7, "label": name}  # fmt: skip
         agreement = 100 * np.array([values(run, "class_agreement") for run in runs])  # (seeds, scales)
         distance = np.array([values(run, "pixel_frechet") for run in runs])
-        nats, equal = np.array([(run["nats_per_token"], distance_at_level(run)) for run in runs]).T
+        nats, equal = np.array([(run["nats_per_token"], distance_at_level(run, level)) for run in runs]).T
         frontier.errorbar(distance.mean(0), agreement.mean(0), xerr=bars(distance), yerr=bars(agreement), **style)
         guidance.errorbar(values(runs[0], "cfg_scale"), distance.mean(0), yerr=bars(distance), **style)
         rate.errorbar(nats.mean(), equal.mean(), xerr=bars(nats), yerr=bars(equal), **style)
@@ -108,7 +110,7 @@ def draw(path: Path, results: Results, floor: dict) -> None:
     guidance.axhline(floor["pixel_frechet"], color="grey", linewidth=0.8)
     frontier.set(xlabel="pixel-space Fréchet distance", ylabel="class agreement, %")
     guidance.set(xlabel="guidance scale", ylabel="pixel-space Fréchet distance")
-    rate.set(xlabel="measured nats per token", ylabel=f"distance at {100 * LEVEL:g} % agreement")
+    rate.set(xlabel="measured nats per token", ylabel=f"distance at {100 * level:g} % agreement")
     frontier.legend(fontsize=7)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)

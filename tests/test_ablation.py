@@ -200,7 +200,7 @@ def test_the_distance_at_equal_agreement_lies_between_guidance_scales():
 
 def test_the_table_has_means_and_deviations_of_seeds_and_says_what_is_missing():
     few = made_up("G-04", 0, agreements=(0.1, 0.2, 0.3))
-    text = ablation_report.table({"S-04": [made_up("S-04", seed) for seed in range(3)], "G-04": [few]}, FLOOR)
+    text = ablation_report.table({"S-04": [made_up("S-04", seed) for seed in range(3)], "G-04": [few]}, FLOOR, 0.9)
     head, _, g, s, real = text.splitlines()
     assert len({line.count("|") for line in text.splitlines()}) == 1 and "guidance 6" in head
     assert s.startswith("| S-04 | 3 | 0.004 | 5.00 ± 1.00 | 0.0500 ± 0.0000 | 80.0 ± 0.0, 1.10 ± 0.10 |")
@@ -210,7 +210,7 @@ def test_the_table_has_means_and_deviations_of_seeds_and_says_what_is_missing():
 
 def test_a_picture_of_any_number_of_seeds_and_variants(tmp_path):
     results = {name: [made_up(name, seed) for seed in range(seeds)] for name, seeds in (("S-04", 3), ("G-16", 1))}
-    ablation_report.draw(tmp_path / "out.png", results, FLOOR)
+    ablation_report.draw(tmp_path / "out.png", results, FLOOR, 0.9)
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
 
 
