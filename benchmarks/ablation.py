@@ -73,6 +73,7 @@ class Suite:
     num_inception: int = 250
     probe: str = "--cfg-scales 1 3 6 9 --num-images 64 --num-sampling-steps 10"
     variants: tuple[str, ...] = tuple(VARIANTS)
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 FEW = "S-04", "G-04", "N-04", "F-02", "vMF-04", "G-16"
@@ -98,6 +99,7 @@ SUITES = {
         num_inception=500,
         level=0.3,
         variants=FEW,
+        seeds=(0,),
     ),
 }
 
@@ -361,7 +363,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--suite", choices=list(SUITES), default="digits", help="data and size [%(default)s]")
     add("--variants", nargs="+", choices=list(VARIANTS), help="only these")
-    add("--seeds", type=script.SEED, nargs="+", default=[0, 1, 2], help="[0 1 2]")
+    add("--seeds", type=script.SEED, nargs="+", help="[the suite's]")
     add("--jobs", type=script.at_least(1), default=os.cpu_count(), help="runs at a time, of one thread each [cores]")
     add("--report", action="store_true", help="only picture and table, of the results that are there")
     add("--work", type=Path, default=ROOT / "ablation", help="folder of checkpoints and samples [ablation]")
@@ -372,8 +374,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run_missing(args: argparse.Namespace) -> list[str]:
     """Run what has no result yet, and write it; the names of runs that failed."""
     suite, commands, failed = SUITES[args.suite], Commands(), []
-    variants = args.variants or suite.variants
-    runs = [(variant, seed) for seed in args.seeds for variant in variants]  # all variants of a seed first
+    variants, seeds = args.variants or suite.variants, args.seeds or suite.seeds
+    runs = [(variant, seed) for seed in seeds for variant in variants]  # all variants of a seed first
     paths = {(variant, seed): args.out / args.suite / f"{variant}_seed{seed}.json" for variant, seed in runs}
     missing = [run for run, path in paths.items() if not is_finished(path, flags_of(suite, *run))]
     print(f"{args.suite}: {len(paths)} runs, {len(paths) - len(missing)} of them finished before", flush=True)

