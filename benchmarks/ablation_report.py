@@ -64,7 +64,7 @@ def table(results: Results, floor: dict, level: float) -> str:
     """
     runs = next(iter(results.values()))
     scales = values(runs[0], "cfg_scale")
-    shown = [scale for scale in (1, 3, scales[-1]) if scale in scales]
+    shown = [scale for scale in dict.fromkeys((1, 3, scales[-1])) if scale in scales]
     inception = [point["cfg_scale"] for point in runs[0]["points"] if "inception_mind" in point]
     head = ["variant", "seeds", "KL weight", "nats per token", "L1 of reconstructions"]
     head += [f"guidance {scale:g}: agreement %, distance" for scale in shown]
