@@ -1,4 +1,5 @@
 # make quickstart   environment, real images, both training stages, samples, metrics, a picture: minutes on 2 cores
+# make ablation     the paper's ablations on the same digits, three seeds: hours; SUITE=tokens64 or cifar for the longer ones
 # make test         environment, lint, all CPU tests
 # make test-faults  the long fault-injection tests
 # make clean        remove what quickstart made (not the environment)
@@ -10,8 +11,9 @@ READY := .venv/.ready
 Q := quickstart
 DATA := $(Q)/data/mnist.tar
 NUM_SAMPLES := 500
+SUITE := digits
 
-.PHONY: quickstart test test-faults clean
+.PHONY: quickstart ablation test test-faults clean
 
 $(READY): requirements.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else \
@@ -39,6 +41,9 @@ quickstart: $(READY)
 	$(PY) evaluator.py $(Q)/data/reference.npz $(Q)/samples/samples.npz
 	$(PY) -m dataset.toy --judge $(DATA) $(Q)/samples/samples.npz
 	@echo "picture: $(Q)/samples/contact_sheet.png"
+
+ablation: $(READY)
+	$(PY) -m benchmarks.ablation --suite $(SUITE)
 
 test: $(READY)
 	.venv/bin/ruff check .
