@@ -221,11 +221,9 @@ def open_init_images(args: argparse.Namespace, config: SphereARConfig) -> Images
 
 def labels_of(args: argparse.Namespace, config: SphereARConfig, init: Images | None) -> np.ndarray:
     """The class of every image: its own where it begins as one of --init-images that has one, else as asked for."""
-    if init is None or init.labels is None or args.class_ids:
-        return draws.make_labels(
-            args.labels, args.num_fid_samples, config.num_classes, args.global_seed, args.class_ids
-        )
-    return np.resize(init.labels.astype(np.int64), args.num_fid_samples)
+    if args.labels == "arr_1":
+        return np.resize(init.labels.astype(np.int64), args.num_fid_samples)
+    return draws.make_labels(args.labels, args.num_fid_samples, config.num_classes, args.global_seed, args.class_ids)
 
 
 def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: str, init: Images | None) -> dict:
@@ -396,6 +394,7 @@ def run(args: argparse.Namespace) -> int:
         config, size = model.config, model.config.svae.image_size
         init = open_init_images(args, config) if args.init_images else None
         args.num_fid_samples = args.num_fid_samples or (NUM_SAMPLES if init is None else init.count)
+        args.labels = "arr_1" if init is not None and init.labels is not None and not args.class_ids else args.labels
         labels = labels_of(args, config, init)
     if args.mixed_precision == "bf16":
         graphs.cast_weights(model, torch.bfloat16)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import models
 from models import PRESETS, SamplingSettings, SphereAR, checkpoint_state, config_to_dict
-from sample_ddp import decode, encode, generate, load
+from sample_ddp import decode, encode, generate, load, main
 from tests.helpers.nano import stirred_nano
 from tests.helpers.sampling import (
     calm_nano,
@@ -187,7 +187,7 @@ def test_importing_and_loading_changes_nothing_and_brings_nothing_slow(ckpt):
 
 def test_real_images_are_continued_from_their_first_tokens(sample, ckpt, tmp_path):
     """All tokens kept is the reconstruction, none is plain sampling, some is what the API gives."""
-    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([1, 8, 3]))
+    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([1, 8, 3]))  # the classes of BRIEF
     model, tokens = load(ckpt), encode(load(ckpt), real_images())
     plain = load_images(sample("plain", "--num-fid-samples", 3, "--to-npz")[1])[0]
 
@@ -218,6 +218,15 @@ def test_a_folder_of_pngs_has_no_labels_and_gets_those_asked_for(sample, tmp_pat
         for name in ("png", "real.npz")
     ]
     assert (results[0][0] == results[1][0]).all() and results[0][1].tolist() == results[1][1].tolist() == [1, 8, 3]
+
+
+def test_images_that_come_with_labels_keep_them(ckpt, tmp_path):
+    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([5, 0, 9], np.int32))
+    flags = "--ckpt", ckpt, "--sample-dir", tmp_path / "run", "--init-images", tmp_path / "real.npz", "--keep-tokens", 6
+    assert main([*map(str, flags), "--num-fid-samples", "4", "--sample-steps", "2", "--to-npz"]) == 0
+    images, labels = load_images(tmp_path / "run")
+    assert labels.tolist() == [5, 0, 9, 5] and labels.dtype == np.int64 and images.shape == (4, 32, 32, 3)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["--labels"] == "arr_1"
 
 
 @pytest.mark.parametrize(
