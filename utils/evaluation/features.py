@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import distributed
+from utils.distributed import my_parts
 from utils.evaluation.frechet import InceptionScore, Moments
 from utils.evaluation.inception import POOL_DIM, SPATIAL_DIM
 from utils.files import printable
@@ -72,13 +73,6 @@ def workers_within_memory(cores: int, batch_size: int, height: int, width: int) 
     return min(cores, fits // batch_size)
 
 
-def my_parts(count: int, length: int) -> Iterator[range]:
-    """This process's parts of `count` images, one in every turn; the last parts have fewer than `length`, or none."""
-    for turn in range(0, count, distributed.world_size() * length):
-        start = turn + distributed.rank() * length
-        yield range(min(start, count), min(start + length, count))
-
-
 class Source(Protocol):
     """Images that can be read by number, such as an NpzReader's."""
 
@@ -103,6 +97,7 @@ def extract(
     name: str,
     half: bool = False,
     to_logits: Callable[[Tensor], Tensor] | None = None,
+    shows: bool = True,
 ) -> Features:
     """Features of `count` images, which the processes hold between them in parts of `length`.
 
@@ -111,7 +106,8 @@ def extract(
     numbers: every process adds up all parts in their order.
     `name` is what messages call the images. `half` keeps pool features in the float16 that precision and recall round
     them to: all but features so large that their distances would not fit. With `to_logits` (n, 2048) -> (n, classes)
-    there is an Inception Score. Raises ValueError, on all processes, for whatever is wrong with any image.
+    there is an Inception Score; `shows`: with a progress bar. Raises ValueError, on all processes, for whatever is
+    wrong with any image.
     """
     batches, rank, world = iter(batches), distributed.rank(), distributed.world_size()
     pool_features = torch.empty(
@@ -120,7 +116,7 @@ def extract(
     score = InceptionScore()
     moments = {"": Moments.zeros(POOL_DIM, extractor.device), "_s": Moments.zeros(SPATIAL_DIM, extractor.device)}
     label = printable(os.path.basename(name))
-    bar = tqdm(total=count, unit="img", desc=label, disable=not distributed.is_main(), mininterval=1)
+    bar = tqdm(total=count, unit="img", desc=label, disable=not (shows and distributed.is_main()), mininterval=1)
     with bar:
         for turn, part in enumerate(my_parts(count, length)):
             features = torch.zeros(world, length, POOL_DIM + SPATIAL_DIM, device=extractor.device)
