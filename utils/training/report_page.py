@@ -130,8 +130,8 @@ def curve(title: str, lines: dict[str, list[tuple[int, float]]]) -> str:
 
     colours = {"training": "#8aa4c8", "held out": "#c2410c", "evaluation": "#0f766e"}
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
-        figure = Figure(figsize=(4.4, 2.7), layout="constrained")
-        axis = figure.add_subplot()
+        figure = Figure(figsize=(4.4, 2.5))
+        axis = figure.add_axes((0.13, 0.12, 0.84, 0.76))
         for label, points in lines.items():
             points = np.array(spread(points, MAX_POINTS))
             marker = "" if label == "training" and len(points) > 1 else "o"
@@ -139,8 +139,10 @@ def curve(title: str, lines: dict[str, list[tuple[int, float]]]) -> str:
         values = np.array([value for points in lines.values() for _, value in points])
         if title.endswith(("loss", "norm")) and values.min() > 0 and values.max() > 20 * values.min():
             axis.set_yscale("log")
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("step")
+        else:
+            axis.locator_params(axis="y", nbins=5)
+        axis.locator_params(axis="x", nbins=5)
+        axis.set_title(f"{title} by step", fontsize=10, loc="left")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if len(lines) > 1:
