@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import train
 from models import SamplingSettings
 from tests.helpers import small_run
-from tests.helpers.evaluation import Instant, evaluation, random_images, run, use_instant
-from tests.helpers.small_run import BATCH, STEPS_PER_EPOCH, assert_refused, differences, flags, run_here
+from tests.helpers.evaluation import Instant, random_images, use_instant
+from tests.helpers.small_run import differences, flags, run_here
 from utils.training.evaluation import mean_over_images
 
 SAMPLES = 33  # more than are made at once on a CPU

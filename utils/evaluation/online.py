@@ -28,13 +28,14 @@ MIND_SEED = 2020  # torch-fidelity's
 
 
 class Comparison:
-    """One reference, which any number of sets of images are compared with; its own features are computed once.
+    """One reference, which any number of sets of images (of image_size) are compared with; it is measured once.
 
     `source`: images by number (path, count, height, width, read, sha256) and their statistics, as an NpzReader.
     """
 
-    def __init__(self, source, device: torch.device):
+    def __init__(self, source, image_size: int, device: torch.device):
         self.source, self.device = source, device
+        self.height, self.width = max(source.height, image_size), max(source.width, image_size)
         self.batch_size, self.length = BATCH_SIZE[device.type], MADE_AT_ONCE[device.type]
         self.weights_path = distributed.from_main(lambda: inception_weights.find_weights(None))
         self.reference: Features | None = None
@@ -73,7 +74,7 @@ class Comparison:
                 network = weights.network().to(self.device)
                 network = network.pack(self.batch_size) if self.device.type == "cpu" else network
                 cores = torch.get_num_threads() if self.device.type == "cpu" else 1
-                workers = workers_within_memory(cores, self.batch_size, self.source.height, self.source.width)
+                workers = workers_within_memory(cores, self.batch_size, self.height, self.width)
             if "reference" not in self.receipt:
                 checksum = distributed.from_main(self.source.sha256)
                 self.receipt |= {
@@ -107,13 +108,13 @@ class Comparison:
         return found
 
 
-def compare_samples(path: str, device: torch.device) -> Comparison:
+def compare_samples(path: str, image_size: int, device: torch.device) -> Comparison:
     """With the images or statistics of --eval-reference. Raises ValueError where they do not do."""
     with distributed.all_or_none():
         source = open_images(path)
         if source.count < 2 and "mu" not in source.statistics:
             raise ValueError(f"--eval-reference {path}: FID needs at least 2 images, or their statistics")
-    return Comparison(source, device)
+    return Comparison(source, image_size, device)
 
 
 def compare_reconstructions(
@@ -127,7 +128,7 @@ def compare_reconstructions(
                 f"--eval-every: {source.path} has {source.count} images of {source.height} x {source.width}; "
                 f"reconstructions need at least 2 of {image_size} x {image_size}, and SSIM {WINDOW} x {WINDOW} pixels"
             )
-    return Comparison(source, device)
+    return Comparison(source, image_size, device)
 
 
 class Spread:
