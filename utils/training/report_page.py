@@ -41,7 +41,8 @@ figure { margin: 0; padding: 10px; } figure img { width: 100%; display: block; }
 figcaption { color: #5a6572; font-size: 13px; } .pixels { image-rendering: pixelated; }
 table { border-collapse: collapse; width: 100%; overflow: hidden; font-size: 14px; }
 th, td { text-align: left; padding: 4px 12px; border-bottom: 1px solid #eef0f3; overflow-wrap: anywhere; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { font-variant-numeric: tabular-nums; }
+.settings { columns: 3; font-size: 13px; overflow-wrap: anywhere; } .settings div { break-inside: avoid; }
 pre { padding: 12px; font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0; }
 summary { cursor: pointer; }
 """
@@ -82,12 +83,12 @@ def make_page(records: list[dict], sheets: list[Path], name: str) -> str:
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title><style>{STYLE}</style></head><body>',
         f"<main><h1>{escape(settings['model'])}, {stage} stage</h1>",
         f'<div class="note">{escape(name)} · last line of {written:%Y-%m-%d %H:%M} UTC · commit '
-        f"{escape(starts[-1].get('commit') or 'unknown')} · {escape(starts[-1].get('device', ''))}</div>",
+        f"{escape((starts[-1]['commit'] or 'unknown')[:10])} · {escape(starts[-1]['device'])}</div>",
         f'<div class="cards">{"".join(cards(starts[-1], training, evaluations))}</div>',
         section("Curves", "curves", [curve(title, lines) for title, lines in panels(training, evaluations).items()]),
         section(f"Images by step ({len(shown)} of {len(sheets)} sheets): {what}", "sheets", map(sheet, shown)),
         evaluation_table(evaluations),
-        "<h2>Settings</h2>", table(["flag", "value"], settings.items()),
+        "<h2>Settings</h2>", f'<div class="settings">{"".join(map(setting, settings.items()))}</div>',
         "<h2>Starts</h2>", table(["at step", "on", *starts[-1]["versions"], "commit"], (
             [s["step"], s["device"], *s["versions"].values(), s["commit"]] for s in starts)),
         "</main></body></html>",
@@ -96,7 +97,7 @@ def make_page(records: list[dict], sheets: list[Path], name: str) -> str:
 
 def cards(start: dict, training: list[dict], evaluations: list[dict]) -> Iterable[str]:
     """The few numbers that one looks for first."""
-    batch, values = start["settings"]["global_batch_size"], {"trainable parameters": start["trainable_parameters"]}
+    batch, values = start["settings"]["global_batch_size"], {"parameters": start["trainable_parameters"]}
     if training:
         values |= {"steps": training[-1]["step"], "images seen": training[-1]["step"] * batch}
         rates = [record["images/s"] for record in training if record.get("images/s")]
@@ -131,7 +132,7 @@ def curve(title: str, lines: dict[str, list[tuple[int, float]]]) -> str:
     colours = {"training": "#8aa4c8", "held out": "#c2410c", "evaluation": "#0f766e"}
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
         figure = Figure(figsize=(4.4, 2.5))
-        axis = figure.add_axes((0.13, 0.12, 0.84, 0.76))
+        axis = figure.add_axes((0.15, 0.12, 0.82, 0.76))
         for label, points in lines.items():
             points = np.array(spread(points, MAX_POINTS))
             marker = "" if label == "training" and len(points) > 1 else "o"
@@ -141,6 +142,7 @@ def curve(title: str, lines: dict[str, list[tuple[int, float]]]) -> str:
             axis.set_yscale("log")
         else:
             axis.locator_params(axis="y", nbins=5)
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axis.locator_params(axis="x", nbins=5)
         axis.set_title(f"{title} by step", fontsize=10, loc="left")
         axis.grid(alpha=0.25)
@@ -180,6 +182,11 @@ def evaluation_table(evaluations: list[dict]) -> str:
         + table(["step", *map(shown_name, names), "seconds"], rows)
         + f"<details><summary>receipt of step {evaluations[-1]['step']:,}</summary><pre>{receipt}</pre></details>"
     )
+
+
+def setting(item: tuple[str, object]) -> str:
+    name, value = item
+    return "" if value is None else f'<div><span class="note">{escape(name)}</span> {escape(value)}</div>'
 
 
 # ---- pieces of HTML ------------------------------------------------------------------------------------------------
