@@ -1,15 +1,19 @@
 """Evaluation while training: it changes nothing, is done once per step, and equals what the scripts give."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+import sample_ddp
 from models import SamplingSettings
 from tests.helpers import small_run
-from tests.helpers.evaluation import Instant, random_images, use_instant
-from tests.helpers.small_run import differences, flags, run_here
+from tests.helpers.evaluation import Instant, evaluation, random_images, run, use_instant
+from tests.helpers.small_run import assert_refused, differences, flags, run_here
+from utils import checkpoint_file
+from utils.checkpoint_file import read
 from utils.training.evaluation import mean_over_images
 
 SAMPLES = 33  # more than are made at once on a CPU
@@ -74,6 +78,79 @@ def test_a_resumed_run_has_every_evaluation_once(command, instant, tmp_path):
     (tmp_path / "parts/checkpoints/step_00000004.pt").unlink()  # as if killed before it was saved
     run_here(*command("parts", "--max-steps", 5, *command.evaluated))
     assert list(map(values, lines(tmp_path / "parts"))) == list(map(values, lines(tmp_path / "whole")))
+
+
+def test_samples_are_those_of_the_scripts(files, instant, tmp_path):
+    """sample_ddp.py and evaluator.py find the same numbers for the checkpoint of the same step."""
+    command = flags(files[0], tmp_path / "run", "--max-steps", 2, "--eval-every", 2, "--eval-reference", files[2],
+                    "--eval-samples", SAMPLES, "--eval-cfg-scale", 2, svae=files[1])  # fmt: skip
+    run_here(*command)
+    sampling = "--ckpt", tmp_path / "run/checkpoints/last.pt", "--sample-dir", tmp_path / "samples", "--cfg-scale", 2
+    sampling += "--num-fid-samples", SAMPLES, "--labels", "balanced", "--num-sampling-steps", 3, "--no-compile"
+    assert sample_ddp.main([str(word) for word in (*sampling, "--per-proc-batch-size", 32, "--to-npz")]) == 0
+    assert run(files[2], tmp_path / "samples/samples.npz") == 0
+    expected = evaluation(tmp_path / "samples/samples.npz")["metrics"]
+    (found,) = lines(tmp_path / "run")
+    assert found["FID"] == pytest.approx(expected["FID"], rel=1e-9)
+    assert found["MIND"] == pytest.approx(expected["MIND"], rel=1e-6)
+    assert found["receipt"]["samples"]["cfg_scale"] == 2.0
+
+
+# train.py with a network in no time, for processes of their own
+WITH_INSTANT = """
+import sys
+sys.path.insert(0, ".")
+from pytest import MonkeyPatch
+import train
+from models import SamplingSettings
+from tests.helpers.evaluation import Instant, use_instant
+use_instant(MonkeyPatch(), Instant())
+train.PREVIEW_SETTINGS = SamplingSettings(cfg_scale=3.0, num_sampling_steps=3)
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("stage", ["ar", pytest.param("svae", marks=pytest.mark.faults)])
+def test_numbers_do_not_depend_on_the_number_of_processes(files, instant, tmp_path, stage):
+    """A finished run is evaluated on one process, and its copy on two."""
+    data, svae, reference = files
+    extra = "--max-steps", 1, "--held-out", 40, *(("--disc-weight", 0) if stage == "svae" else ())
+    evaluated = "--eval-every", 1, "--eval-samples", SAMPLES, *(("--eval-reference", reference) * (stage == "ar"))
+    one, two = (flags(data, tmp_path / name, *extra, svae=svae if stage == "ar" else None) for name in ("one", "two"))
+    run_here(*one)
+    shutil.copytree(tmp_path / "one", tmp_path / "two", symlinks=True)
+    run_here(*one, *map(str, evaluated))
+    script = tmp_path / "instant_train.py"
+    script.write_text(WITH_INSTANT)
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)
+    small_run.finish(small_run.start(*two, *map(str, evaluated), launcher=launcher), seconds=300)
+    (alone,), (together,) = (list(map(values, lines(tmp_path / name))) for name in ("one", "two"))
+    assert alone == together
+    assert alone["held_out_loss" if stage == "svae" else "held_out_ar_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--eval-every", 5], "--eval-every 5: nothing to evaluate; add --eval-reference or --held-out"),
+        (["--eval-every", 5, "--eval-reference", "nowhere.npz"], ".*nowhere.npz"),
+        (["--eval-reference", "nowhere.npz"], "--eval-reference nowhere.npz: has an effect only with --eval-every"),
+        (["--held-out", 4, "--eval-every", 5, "--eval-samples", 9], "--eval-samples 9: has an effect only with"),
+        (["--held-out", 50], "--global-batch-size 8 is more than the data set holds without --held-out 50"),
+    ],
+)
+def test_wrong_flags_are_refused(files, tmp_path, capsys, extra, message):
+    assert_refused(capsys, message, flags(files[0], tmp_path / "run", *extra, svae=files[1]))
+
+
+def test_another_number_of_images_left_out_is_another_run(files, tmp_path, capsys):
+    run_here(*flags(files[0], tmp_path / "run", "--max-steps", 1, svae=files[1]))
+    path = tmp_path / "run/checkpoints/last.pt"
+    state = read(path)
+    del state["args"].held_out  # as of a run from before that flag
+    checkpoint_file.write(state, path.resolve())
+    command = flags(files[0], tmp_path / "run", "--max-steps", 2, "--held-out", 4, svae=files[1])
+    assert_refused(capsys, "held_out was 0, now 4", command)
 
 
 def test_mean_does_not_depend_on_who_computes_it(monkeypatch):
