@@ -382,7 +382,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[Stage, ImageD
     if args.eval_every and args.vae_only:
         comparison = compare_reconstructions(args.eval_reference, left_out, args.eval_samples, data.image_size, device)
     elif args.eval_reference is not None:
-        comparison = compare_samples(args.eval_reference, data.image_size, device)
+        comparison = compare_samples(args.eval_reference, device)
     stage = SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, device)
     return stage, data, left_out, comparison
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dataset import build_dataset, train_loader
+from dataset.draws import epoch_order
 from dataset.held_out import HeldOut, held_out_indices
 from tests.helpers.small_run import BATCH, CLASSES, PER_CLASS, write_tar
 
@@ -41,7 +42,8 @@ def test_training_never_sees_them_and_all_others(data):
 
 def test_the_order_is_that_of_all_images_without_them(data):
     everything, held_out = order(data, held_out_indices(COUNT, 0)), held_out_indices(COUNT, 4)
-    for whole, epoch in zip(everything, order(data, held_out)):
+    for number, (whole, epoch) in enumerate(zip(everything, order(data, held_out))):
+        assert whole.tolist() == epoch_order(1, number, COUNT)[: len(whole)].tolist()
         rest = [index for index in whole if index not in held_out]
         assert epoch[: len(rest)].tolist() == rest
 

@@ -41,7 +41,7 @@ def features(images):
 
 
 def test_samples_have_the_distances_of_their_features(network, reference, made):
-    comparison = online.compare_samples(str(reference), 32, CPU)
+    comparison = online.compare_samples(str(reference), CPU)
     found = comparison.generated(lambda numbers: made[numbers], COUNT)
     ours, theirs = features(to_uint8(made)), features(open_images(reference).read(0, 16))
     moments = [x.statistics[name] for x in (ours, theirs) for name in ("mu", "sigma")]
@@ -58,7 +58,7 @@ def test_statistics_alone_give_fid_alone_and_count_before_images(network, refere
     np.savez(tmp_path / "statistics.npz", **theirs)
     np.savez(tmp_path / "both.npz", arr_0=np.load(reference)["arr_0"], **theirs)
     alone, both = (
-        online.compare_samples(str(tmp_path / name), 32, CPU).generated(lambda numbers: made[numbers], COUNT)
+        online.compare_samples(str(tmp_path / name), CPU).generated(lambda numbers: made[numbers], COUNT)
         for name in ("statistics.npz", "both.npz")
     )
     assert alone.keys() == {"FID"} and both.keys() == {"FID", "MIND"}
@@ -91,18 +91,23 @@ def test_fewer_originals_are_spread_over_the_file(reference):
 def test_references_that_do_not_do_are_refused(reference, tmp_path):
     np.savez(tmp_path / "one.npz", random_images(1, 32).numpy())
     with pytest.raises(ValueError, match=r"--eval-reference .*one.npz: FID needs at least 2 images"):
-        online.compare_samples(str(tmp_path / "one.npz"), 32, CPU)
+        online.compare_samples(str(tmp_path / "one.npz"), CPU)
     with pytest.raises(ValueError, match=r"has 16 images of 32 x 32; reconstructions need at least 2 of 64 x 64"):
         online.compare_reconstructions(str(reference), None, 100, 64, CPU)
 
 
-def test_settings_of_torch_are_put_back(monkeypatch):
+def test_settings_of_torch_are_put_back(network, reference, made, monkeypatch):
+    """Also what runs under autocast, with TF32, is compared in float32."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    threads = torch.get_num_threads()
+    threads, seen = torch.get_num_threads(), []
+
+    def make(numbers):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.backends.cuda.matmul.allow_tf32))
+        torch.set_num_threads(threads + 1)
+        return made[numbers]
+
     with torch.autocast("cpu", torch.bfloat16):
-        with online.full_precision(CPU):
-            assert not torch.is_autocast_enabled("cpu") and not torch.backends.cuda.matmul.allow_tf32
-            assert not torch.is_grad_enabled()
-            torch.set_num_threads(threads + 1)
+        online.compare_samples(str(reference), CPU).generated(make, COUNT)
         assert torch.is_autocast_enabled("cpu")
+    assert seen == [(False, False)] * 2
     assert torch.backends.cuda.matmul.allow_tf32 and torch.get_num_threads() == threads and torch.is_grad_enabled()

@@ -5,7 +5,6 @@ Numbers do not depend on the number of processes. Legend: n images, H x W their 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,31 +13,28 @@ from torch import Tensor
 from utils import distributed
 from utils.distributed import my_parts
 from utils.evaluation import inception_weights
-from utils.evaluation.features import Extractor, Features, extract, hand_back_memory, read_parts, workers_within_memory
-from utils.evaluation.frechet import frechet_distance
+from utils.evaluation.extraction import Evaluated, Extraction, Settings, choose_workers
+from utils.evaluation.features import exact_arithmetic, hand_back_memory
 from utils.evaluation.inputs import open_images
-from utils.evaluation.mind import mind
+from utils.evaluation.metrics import SEED, as_reference, distances
 from utils.evaluation.reconstruction import WINDOW, psnr, ssim
 from utils.images import to_float, to_uint8
 
 MADE_AT_ONCE = {"cuda": 64, "cpu": 32}  # images that a model makes, whatever the number of processes
 BATCH_SIZE = {"cuda": 64, "cpu": 2}  # images per call of the network, as in evaluator.py
-PARTS = 64  # of a reference, as there
-MIND_SEED = 2020  # torch-fidelity's
 
 
 class Comparison:
-    """One reference, which any number of sets of images (of image_size) are compared with; it is measured once.
+    """One reference, which any number of sets of images are compared with; it is measured once.
 
     `source`: images by number (path, count, height, width, read, sha256) and their statistics, as an NpzReader.
     """
 
-    def __init__(self, source, image_size: int, device: torch.device):
+    def __init__(self, source, device: torch.device):
         self.source, self.device = source, device
-        self.height, self.width = max(source.height, image_size), max(source.width, image_size)
-        self.batch_size, self.length = BATCH_SIZE[device.type], MADE_AT_ONCE[device.type]
-        self.weights_path = distributed.from_main(lambda: inception_weights.find_weights(None))
-        self.reference: Features | None = None
+        self.length = MADE_AT_ONCE[device.type]
+        distributed.from_main(lambda: inception_weights.find_weights(None) and None)  # before training
+        self.reference: Evaluated | None = None
         self.receipt: dict = {}  # what made the newest numbers
 
     def generated(self, make: Callable[[Tensor], Tensor], count: int) -> dict[str, float]:
@@ -68,53 +64,30 @@ class Comparison:
 
     def _distances(self, batches: Iterator[np.ndarray], count: int) -> dict[str, float]:
         """FID and MIND of `count` images, of which these are this process's parts."""
-        with full_precision(self.device):
-            with distributed.all_or_none():
-                weights = inception_weights.read_weights(self.weights_path)
-                network = weights.network().to(self.device)
-                network = network.pack(self.batch_size) if self.device.type == "cpu" else network
-                cores = torch.get_num_threads() if self.device.type == "cpu" else 1
-                workers = workers_within_memory(cores, self.batch_size, self.height, self.width)
-            if "reference" not in self.receipt:
-                checksum = distributed.from_main(self.source.sha256)
-                self.receipt |= {
-                    "reference": {"path": str(self.source.path), "sha256": checksum, "images": self.source.count},
-                    "weights": {"kind": weights.kind, "path": str(weights.path), "sha256": weights.sha256},
-                    "seeds": {"MIND": MIND_SEED},
-                }
-            del weights
-            with Extractor(network, self.batch_size, self.device, workers) as extractor:
+        threads, settings = torch.get_num_threads(), Settings()
+        with torch.autocast(self.device.type, enabled=False), exact_arithmetic():
+            workers = choose_workers(settings, self.device, BATCH_SIZE[self.device.type], [self.source])
+            with Extraction(settings, self.device, BATCH_SIZE[self.device.type], workers, shows=False) as extraction:
                 if self.reference is None:
-                    self.reference = self._of_reference(extractor, at_once=4 * workers * self.batch_size)
-                features = extract(batches, extractor, count, self.length, name="images", half=True, shows=False)
-        del network, extractor
-        hand_back_memory()
-        return distributed.from_main(lambda: self._of(features))
-
-    def _of_reference(self, extractor: Extractor, at_once: int) -> Features:
-        source = self.source
-        if not source.count:
-            return Features(torch.empty(0), source.statistics)
-        length = self.batch_size * -(-source.count // (self.batch_size * PARTS))
-        batches = read_parts(source, length, at_once)
-        found = extract(batches, extractor, source.count, length, name="reference", half=True, shows=False)
-        return Features(found.pool.cpu(), {**found.statistics, **source.statistics})  # the file's before ours
-
-    def _of(self, features: Features) -> dict[str, float]:
-        ours, theirs = features.statistics, self.reference.statistics
-        found = {"FID": frechet_distance(ours["mu"], ours["sigma"], theirs["mu"], theirs["sigma"])}
-        if len(self.reference.pool):
-            found["MIND"] = mind(features.pool, self.reference.pool.to(self.device), seed=MIND_SEED)
-        return found
+                    self.reference = extraction(self.source)
+                    if self.reference.features is not None:
+                        self.reference.features.pool = self.reference.features.pool.cpu()
+                features = extraction.extract(batches, count, self.length, "images")
+            self.receipt |= {"reference": self.reference.record(), "weights": extraction.weights, "seed_of_MIND": SEED}
+            del extraction
+            hand_back_memory()
+            found = distances(features, as_reference(self.reference, self.device))
+        torch.set_num_threads(threads)  # the extractor's threads set theirs, and with it the count of new ones
+        return {name: found[name] for name in ("FID", "MIND") if name in found}
 
 
-def compare_samples(path: str, image_size: int, device: torch.device) -> Comparison:
+def compare_samples(path: str, device: torch.device) -> Comparison:
     """With the images or statistics of --eval-reference. Raises ValueError where they do not do."""
     with distributed.all_or_none():
         source = open_images(path)
         if source.count < 2 and "mu" not in source.statistics:
             raise ValueError(f"--eval-reference {path}: FID needs at least 2 images, or their statistics")
-    return Comparison(source, image_size, device)
+    return Comparison(source, device)
 
 
 def compare_reconstructions(
@@ -128,7 +101,7 @@ def compare_reconstructions(
                 f"--eval-every: {source.path} has {source.count} images of {source.height} x {source.width}; "
                 f"reconstructions need at least 2 of {image_size} x {image_size}, and SSIM {WINDOW} x {WINDOW} pixels"
             )
-    return Comparison(source, image_size, device)
+    return Comparison(source, device)
 
 
 class Spread:
@@ -144,19 +117,8 @@ class Spread:
         """Images start <= i < stop of them, uint8 (n, H, W, 3)."""
         return np.concatenate([self.source.read(i, i + 1) for i in self.numbers[start:stop]])
 
-    def sha256(self) -> str:
-        return self.source.sha256()
+    def sha256(self, abandoned: object = None) -> str | None:
+        return self.source.sha256(abandoned)
 
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 throughout, whatever training uses; torch's settings are put back behind it."""
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32, convolutions.deterministic, torch.get_num_threads()
-    products.allow_tf32, convolutions.allow_tf32, convolutions.deterministic = False, False, True
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        products.allow_tf32, convolutions.allow_tf32, convolutions.deterministic = before[:3]
-        torch.set_num_threads(before[3])  # the extractor's threads set theirs, and with it the count of new ones
+    def close(self) -> None:
+        self.source.close()
