@@ -1,4 +1,5 @@
 # make quickstart   environment to run, real images, both training stages, samples, metrics, a picture: minutes on 2 cores
+# make ablation     the paper's ablations on the same digits, three seeds: hours; SUITE=tokens64 or cifar for the longer ones
 # make test         whole environment, lint, all CPU tests
 # make test-faults  the long fault-injection tests
 # make lock         requirements.lock anew, from what requirements.txt allows (needs .venv)
@@ -13,8 +14,9 @@ READY := .venv/.ready
 Q := quickstart
 DATA := $(Q)/data/mnist.tar
 NUM_SAMPLES := 500
+SUITE := digits
 
-.PHONY: quickstart test test-faults lock clean
+.PHONY: quickstart ablation test test-faults lock clean
 
 # Two levels of one environment: RUN is there when it can run, READY when it can test too. A stamp is taken away before
 # packages change, so that an installation that was interrupted begins anew, and a good one is only brought up to date.
@@ -53,6 +55,9 @@ quickstart: $(RUN)
 	$(PY) evaluator.py $(Q)/data/reference.npz $(Q)/samples/samples.npz
 	$(PY) -m dataset.toy --judge $(DATA) $(Q)/samples/samples.npz
 	@echo "picture: $(Q)/samples/contact_sheet.png"
+
+ablation: $(RUN)
+	$(PY) -m benchmarks.ablation --suite $(SUITE)
 
 test: $(READY)
 	.venv/bin/ruff check .

@@ -35,6 +35,8 @@ from utils.evaluation.inputs import Images, check_inputs, inspect, open_images
 from utils.evaluation.intervals import RESAMPLES
 from utils.files import printable
 
+__all__ = ["evaluate", "main"]
+
 
 class Inputs(NamedTuple):
     """What is evaluated, open and checked: the reference, the samples, perhaps a second real set for the floor."""

@@ -40,6 +40,7 @@ from utils.provenance import provenance, versions
 from utils.sampling.draws import image_noise, make_labels
 from utils.training import evaluation, report_page
 from utils.training.checkpoints import CheckpointFolder, Entry
+from utils.training.compilation import compile_ar, compile_svae
 from utils.training.draws import StepDraws
 from utils.training.ema import EMA
 from utils.training.latents import measure_scale
@@ -102,9 +103,9 @@ class Stage:
         """Images of a batch on the device, float in [-1, 1]."""
         return to_float(batch.image.to(self.device, non_blocking=True).to(memory_format=self.memory_format))
 
-    def draws(self, batch: Sample, step: int, seed: int | None = None) -> StepDraws:
-        seed = self.args.global_seed if seed is None else seed
-        return StepDraws(seed, step, batch.index.to(self.device, non_blocking=True))
+    def draws(self, batch: Sample, step: int) -> StepDraws:
+        index = batch.index.to(self.device, non_blocking=True)
+        return StepDraws(self.args.global_seed, step, index, compiled=self.args.compile)
 
     def check_continues(self, state: dict) -> None:
         """Raises ValueError where the checkpoint `state` cannot be continued in this stage."""
@@ -138,7 +139,7 @@ class SVAEStage(Stage):
             self.discriminator = PatchDiscriminator().to(device, memory_format=self.memory_format)
             self.adversary = self.add_player("discriminator", Adversary(self.discriminator))
         if args.compile:
-            compile_blocks(*vae.encoder.layers, *vae.decoder.layers, vae.encoder.patchify, vae.decoder.unpatchify)
+            compile_svae(vae, *filter(None, (self.lpips, self.discriminator)))
 
     def backward(self, batches: list[Sample], step: int) -> dict[str, Tensor]:
         share, totals, weight = 1 / len(batches), {}, 0.0
@@ -191,8 +192,8 @@ class SVAEStage(Stage):
             return model.decode(model.to_tokens(model.encode(images).mode())).float()
 
     def held_out_losses(self, model: SVAE, batch: Sample) -> dict[str, Tensor]:
-        """By log name, without the adversary's, which changes; the same draws at every step."""
-        images, draws = self.images(batch), self.draws(batch, 0, evaluation.SEED)
+        """By log name, without the adversary's, which changes."""
+        images, draws = self.images(batch), evaluation.draws(batch.index.to(self.device))
         with self.autocast:
             loss, terms = self.objective(images, *model(images, posterior_draws(model, draws)), weight=0.0)
         return {"loss": loss, **terms}
@@ -230,34 +231,34 @@ class ARStage(Stage):
         model.grad_checkpointing = args.grad_checkpointing
         self.player = self.add_player("model", model)
         if args.compile:
-            compile_blocks(*model.layers, model.head.net, *model.vae.encoder.layers, model.vae.encoder.patchify)
+            compile_ar(model)
 
     def backward(self, batches: list[Sample], step: int) -> dict[str, Tensor]:
         share, totals = 1 / len(batches), {}
         for i, batch in enumerate(batches):
             with self.player.reduces(is_last=i == len(batches) - 1):
-                loss = self.loss(self.player, batch, self.draws(batch, step), self.model.config.class_dropout_prob)
+                draws, dropout = self.draws(batch, step), self.model.config.class_dropout_prob
+                loss = self.loss(self.player, self.model.vae, batch, draws, dropout)
                 self.player.backward(share * loss)
             add_to(totals, share, ar_loss=loss)
         return totals
 
-    def loss(self, model: Callable[..., Tensor], batch: Sample, draws: StepDraws, class_dropout: float) -> Tensor:
-        """The AR loss of `model`, or of what trains it, on a batch."""
+    def loss(self, model: Callable, vae: SVAE, batch: Sample, draws: StepDraws, class_dropout: float) -> Tensor:
+        """The AR loss of a model, or of what trains it, on a batch of images that are tokens by `vae`."""
         config, label = self.model.config, batch.label.to(self.device, non_blocking=True)
         label = label.where(~draws.is_dropped(class_dropout), config.null_class)
         t = draws.flow_times(config.diffusion_batch_mul, config.num_tokens)
         noise = draws.flow_noise(config.diffusion_batch_mul, config.num_tokens, config.latent_dim)
         with self.autocast:
-            return model(self.tokens(self.images(batch), draws), label, t, noise)
+            return model(self.tokens(vae, self.images(batch), draws), label, t, noise)
 
     def held_out_losses(self, model: SphereAR, batch: Sample) -> dict[str, Tensor]:
-        """By log name; the same draws at every step, and every label given."""
-        return {"ar_loss": self.loss(model, batch, self.draws(batch, 0, evaluation.SEED), class_dropout=0.0)}
+        """By log name; with every label."""
+        return {"ar_loss": self.loss(model, model.vae, batch, evaluation.draws(batch.index.to(self.device)), 0.0)}
 
     @torch.no_grad()
-    def tokens(self, images: Tensor, draws: StepDraws) -> Tensor:
+    def tokens(self, vae: SVAE, images: Tensor, draws: StepDraws) -> Tensor:
         """Latent tokens (B, P, C): a sample of the frozen S-VAE's posterior."""
-        vae = self.model.vae
         return vae.to_tokens(vae.encode(images).sample_from(posterior_draws(vae, draws)))
 
     def check_continues(self, state: dict) -> None:
@@ -288,12 +289,6 @@ class ARStage(Stage):
         settings = dataclasses.replace(PREVIEW_SETTINGS, cfg_scale=self.args.eval_cfg_scale)
         comparison.receipt["samples"] = {"images": count, "seed": seed, **dataclasses.asdict(settings)}
         return comparison.generated(lambda images: self.samples(model, images, labels[images], settings), count)
-
-
-def compile_blocks(*modules: nn.Module) -> None:
-    """torch.compile each module in place: far quicker than the whole, and gradients still travel block by block."""
-    for module in modules:
-        module.compile()
 
 
 # ---- what a checkpoint holds -----------------------------------------------------------------------------------------
@@ -474,7 +469,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
             skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
             if not stage.has_finite_weights():
                 stop(checkpoints, f"weights are not finite after step {step}, though their gradients were")
-            kept = ends_epoch and progress.epoch % args.keep_freq == 0
+            kept = ends_epoch and bool(args.keep_freq) and progress.epoch % args.keep_freq == 0
             if distributed.is_main() and (is_end or kept or not skipping):
                 save(progress.epoch if kept else None)
         if not stopped and evaluates.is_due():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from utils.distributed import from_main, gather_objects, my_parts
 from utils.provenance import provenance
+from utils.training.draws import StepDraws
 from utils.training.tracker import Tracker
 
 AT_ONCE = 32  # images left out, whatever the number of processes
@@ -53,6 +54,11 @@ class Evaluation:
                 receipt |= self.comparison.receipt
         receipt |= provenance(self.stage.device)
         self.tracker.evaluation(found, receipt, time.perf_counter() - start)
+
+
+def draws(index: Tensor) -> StepDraws:
+    """Those of the images left out, the same at every step."""
+    return StepDraws(SEED, 0, index)
 
 
 def mean_over_images(losses: Callable[[range], dict[str, Tensor]], parts: Iterable[range]) -> dict[str, float]:
