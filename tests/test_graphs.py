@@ -44,6 +44,14 @@ def test_static_shapes_give_the_same_tokens(changed):
     assert torch.equal(generate(model, settings), expected)  # the model itself is as it was
 
 
+def test_static_shapes_continue_a_prompt_to_the_same_tokens():
+    model, labels, noise = calm_nano(), torch.tensor([0, 1, 2]), noise_of(GUIDED)
+    prompt = tokens_of(model.config, 3)[:, :5]
+    expected = generate_tokens(model, labels, GUIDED, noise, prompt=prompt)
+    continued = generate_tokens(model, labels, GUIDED, noise, static(model), prompt=prompt)
+    assert torch.allclose(continued, expected, atol=1e-5) and torch.equal(continued[:, :5], prompt)
+
+
 def test_static_and_sliced_cache_agree_at_every_position():
     model = calm_nano()
     labels, tokens = torch.tensor([3, 10]), tokens_of(model.config, 2)
