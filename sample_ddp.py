@@ -36,8 +36,8 @@ from models.flow import CFG_SCHEDULES
 from models.generation import watch_nothing
 from models.samplers import SAMPLERS
 from utils import checkpoint_file, distributed, script
-from utils.evaluation.inputs import Images, open_images
 from utils.evaluation.npz_reader import NpzReader
+from utils.evaluation.png_folder import PngFolder
 from utils.files import read_json, write_json
 from utils.images import layout, png_path, to_float, to_uint8, write_contact_sheet, write_missing_pngs, write_png
 from utils.noise import normals
@@ -47,6 +47,7 @@ from utils.sampling.shards import Range
 
 PUBLISHED, NUM_SAMPLES = SamplingSettings(), 50_000
 WAIT_SECONDS = 1800  # for another process
+Images = NpzReader | PngFolder
 Observer = Callable[[int, Tensor, Tensor], None]  # (position, raw, token), see generate_tokens
 
 __all__ = ["decode", "encode", "generate", "load", "main"]
@@ -207,7 +208,8 @@ def load_model(args: argparse.Namespace, file: checkpoint_file.Examined) -> Sphe
 
 def open_init_images(args: argparse.Namespace, config: SphereARConfig) -> Images:
     """The images of --init-images. ValueError where they, or --keep-tokens, do not fit the model."""
-    images, size = open_images(args.init_images), config.svae.image_size
+    path, size = args.init_images, config.svae.image_size
+    images = PngFolder(path) if Path(path).is_dir() else NpzReader(path)
     if (images.count, images.height, images.width) != (images.count or 1, size, size):
         told = f"{images.count} images of {images.height} x {images.width}"
         raise ValueError(f"--init-images {args.init_images}: has {told}; the model's are {size} x {size}")

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from models.spherear import PRESETS, SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig
@@ -171,10 +172,20 @@ def from_checkpoint(checkpoint: dict, ema: bool = True) -> SphereAR | SVAE:
     config = config_from_dict(checkpoint["config"]) if "config" in checkpoint else infer_config(state)
     if max(_layers(config)) > len(state):  # before they are all made
         raise ValueError(f"the config has {max(_layers(config))} layers, the weights are {len(state)} tensors")
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         model = build(config)
     load_state(model, state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """torch.nn.init does nothing: without it no weights are drawn, for which torch would load its compiler (1 s)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def _layers(config: Config) -> list[int]:

@@ -69,7 +69,7 @@ def parse_args(
     add("--patch-size", type=int, choices=[4, 8, 16, 32], help="side of a token in pixels [the model's]")
     add("--latent-dim", type=at_least(2), help="dimension of a token [the model's]")
     add("--posterior", choices=posteriors, help="the S-VAE's law of latents; with --trained-vae, its own [the model's]")
-    add("--sigma", type=above(0), help="S-VAE: deviation of the posterior fixed-sigma")
+    add("--sigma", type=above(0), help="S-VAE: deviation of the posterior fixed-sigma, mean size of random-sigma's")
     add("--projection", choices=projections, help="of latents onto the sphere: for decoder and AR model, for the "
         "decoder only, or not [all; none for posteriors that are not spherical]")  # fmt: skip
     add("--num-classes", type=at_least(1), help="classes in the data [the model's]")
