@@ -141,10 +141,8 @@ def run(args: argparse.Namespace) -> int:
     images = open_data(args.data, vae.config.image_size, args.num_images)
     lpips = open_lpips(args.vgg_weights)
     measurement = Measurement(vae, images, lpips.to(device) if lpips else None, args.global_seed)
-    with (
-        exact_arithmetic(),
-        Extraction(Settings(), device, INCEPTION_BATCH[device.type], torch.get_num_threads()) as net,
-    ):
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    with exact_arithmetic(), Extraction(Settings(), device, INCEPTION_BATCH[device.type], workers) as net:
         reference = as_reference(net(Batches(measurement.originals())), device)
         rows = {angle: measurement.at(angle, net, reference) for angle in (0.0, *args.angles)}
         weights = net.weights
