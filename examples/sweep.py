@@ -294,7 +294,7 @@ def run(args: argparse.Namespace) -> int:
 
         record = distributed.from_main(start)
         record |= {**provenance(device), "processes": distributed.world_size()}
-        record.setdefault("floor", real.floor(args.num_images))
+        record["floor"] = record.get("floor", {}) | real.floor(args.num_images)
         done = {Point(*(entry[name] for name in Point._fields)): entry for entry in record["points"]}
 
         def measure(points: Iterable[Point], wanted: str, real: Real) -> None:
