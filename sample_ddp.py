@@ -79,9 +79,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--num-sampling-steps",
         "--sample-steps",
-        type=script.within(1, 10**4),
+        type=partial(script.one_or_two, script.within(1, 10**4)),
         default=PUBLISHED.num_sampling_steps,
-        help="per token (default: %(default)s); sde and ode add a small last one, midpoint asks the head twice a step",
+        help="per token (default: %(default)s), or fewer and fewer: 50:20; sde and ode add a small last one, midpoint "
+        "asks the head twice a step",
     )
     add("--sampler", choices=list(SAMPLERS), default=PUBLISHED.sampler)
     add("--global-seed", "--seed", type=script.SEED, default=0)
@@ -232,6 +233,8 @@ def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: s
     flags += ["class_ids", "mixed_precision", "reference_uint8", "tf32"]
     flags += [flag for flag in ("no_ema", "keep_tokens") if getattr(args, flag) not in (None, False)]
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
+    if isinstance(args.num_sampling_steps, tuple):
+        settings["--num-sampling-steps"] = ":".join(map(str, args.num_sampling_steps))
     if init is not None:
         settings["--init-images sha256"] = init.sha256()
     return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
