@@ -166,8 +166,8 @@ def batch_sampler(args: argparse.Namespace, model: SphereAR, labels: np.ndarray,
     settings = SamplingSettings(args.cfg_scale, args.cfg_schedule, args.sampler, args.num_sampling_steps)
     phases, draw = Phases.of(model, settings), normals
     if args.compile:
-        sampler = graphs.compile_pieces(model, SAMPLERS[settings.sampler])
-        phases = graphs.static_phases(Phases.of(model, settings, sampler), model.config.num_class_tokens)
+        phases = Phases.of(model, settings, graphs.compile_pieces(model))
+        phases = graphs.static_phases(phases, model.config.num_class_tokens)
         draw = draws.compiled_normals()
 
     def sample(batch: Range, observe: Callable[[int, Tensor, Tensor], None]) -> np.ndarray:

@@ -18,8 +18,8 @@ def generate(model, settings=GUIDED, phases=None, images=(0, 1, 2)):
     return generate_tokens(model, torch.tensor(images), settings, noise_of(settings, images), phases)
 
 
-def static(model, settings=GUIDED, sampler=None):
-    return static_phases(Phases.of(model, settings, sampler), model.config.num_class_tokens)
+def static(model, settings=GUIDED, step=None):
+    return static_phases(Phases.of(model, settings, step), model.config.num_class_tokens)
 
 
 @pytest.fixture
@@ -58,23 +58,22 @@ def test_static_and_sliced_cache_agree_at_every_position():
 
 def test_compiled_generation_traces_one_block_for_all_layers_and_positions(eager_tracing):
     expected, model = generate(calm_nano()), calm_nano()
-    phases = static(model, GUIDED, compile_pieces(model, SAMPLERS["sde"]))
+    phases = static(model, GUIDED, compile_pieces(model))
     assert torch.allclose(generate(model, GUIDED, phases), expected, atol=1e-5)
     graphs = eager_tracing["unique_graphs"]
-    assert graphs == 7  # block: prefill and three lengths; velocity network; update: own first token of null rows, rest
+    assert graphs == 8  # block: prefill and three lengths; step and last step: unguided first token, guided others
     stronger = SamplingSettings(cfg_scale=3.0, num_sampling_steps=3)
     generate(model, stronger, phases, images=(7, 8, 9))
     assert eager_tracing["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_compiled_update_is_the_update(eager_tracing, sampler):
+def test_a_compiled_step_is_the_step(eager_tracing, sampler):
     settings = SamplingSettings(cfg_scale=2.0, num_sampling_steps=3, sampler=sampler)
     model = calm_nano()
     expected = generate(model, settings)
-    compiled = compile_pieces(model, SAMPLERS[sampler])
-    assert compiled.update is not SAMPLERS[sampler].update and compiled.times is SAMPLERS[sampler].times
-    assert torch.allclose(generate(model, settings, static(model, settings, compiled)), expected, atol=1e-5)
+    compiled = static(model, settings, compile_pieces(model))
+    assert torch.allclose(generate(model, settings, compiled), expected, atol=1e-5)
 
 
 def test_bfloat16_weights_are_what_autocast_would_use():

@@ -45,14 +45,14 @@ class Graphed:
             self.output = self.function(*self.inputs)
 
 
-def compile_pieces(model: nn.Module, sampler):
-    """torch.compile the blocks and the velocity network in place; the sampler, with a compiled update.
+def compile_pieces(model: nn.Module) -> Callable[..., Tensor]:
+    """torch.compile the blocks in place; returns the head's step, compiled: network, guidance and update as one.
 
-    One compiled block serves all layers. Works on any model with `layers` and `head.net` as in models.spherear.
+    One compiled block serves all layers. Works on any model with `layers` and `head.step` as in models.spherear.
     """
-    for module in (*model.layers, model.head.net):
+    for module in model.layers:
         module.compile(dynamic=False)
-    return sampler._replace(update=torch.compile(sampler.update, dynamic=False))
+    return torch.compile(model.head.step, dynamic=False)
 
 
 def static_phases(phases, num_class_tokens: int):
