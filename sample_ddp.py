@@ -67,9 +67,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cfg-schedule", choices=CFG_SCHEDULES, default=PUBLISHED.cfg_schedule)
     add(
         "--num-sampling-steps",
-        type=script.within(1, 10**4),
+        type=partial(script.one_or_two, script.within(1, 10**4)),
         default=PUBLISHED.num_sampling_steps,
-        help="per token (default: %(default)s); sde and ode add a small last one, midpoint asks the head twice a step",
+        help="per token (default: %(default)s), or fewer and fewer: 50:20; sde and ode add a small last one, midpoint "
+        "asks the head twice a step",
     )
     add("--sampler", choices=list(SAMPLERS), default=PUBLISHED.sampler)
     add("--global-seed", type=script.SEED, default=0)
@@ -114,6 +115,8 @@ def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: s
     flags = ("num_fid_samples", "cfg_scale", "cfg_schedule", "num_sampling_steps", "sampler", "global_seed", "labels")
     flags += ("class_ids", "mixed_precision", "reference_uint8", "tf32")
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
+    if isinstance(args.num_sampling_steps, tuple):
+        settings["--num-sampling-steps"] = ":".join(map(str, args.num_sampling_steps))
     return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
 
 

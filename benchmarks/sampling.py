@@ -106,7 +106,7 @@ def phases_of(
         decoder = lambda: model.vae.decode(image_tokens)  # noqa: E731
     else:
         times = model.head.embed_times(settings.times)
-        head = lambda: phases.sample_token(condition, noise, times, scale)  # noqa: E731
+        head = lambda: phases.sample_token(condition, noise, times, scale, times=settings.times)  # noqa: E731
         draws = lambda: noise_of(1, batch)  # noqa: E731
         decoder = lambda: [to_uint8(part) for part in decode(model, image_tokens)]  # noqa: E731
     return {

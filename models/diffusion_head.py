@@ -5,7 +5,7 @@ Parameter names of the released checkpoints.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -126,7 +126,7 @@ class DiffusionHead(nn.Module):
         embedding = self.net.time_embed(t) + self.net.cond_embed(condition)  # (M, B, P, W)
         return F.mse_loss(self.net(x_t, self.net.modulation(embedding)).float(), target - noise)
 
-    def embed_times(self, times: list[float]) -> Tensor:
+    def embed_times(self, times: Sequence[float]) -> Tensor:
         """Embeddings (K, W) of the K times at which `sample` evaluates the velocity: once per generation."""
         return self.net.time_embed(torch.tensor(times, device=self.net.input_proj.weight.device))
 
@@ -148,7 +148,7 @@ class DiffusionHead(nn.Module):
         time_embedding: Tensor,
         scale: float | Tensor | None = None,
         *,
-        times: list[float],
+        times: Sequence[float],
         sampler: Sampler,
         step: Callable | None = None,
     ) -> Tensor:

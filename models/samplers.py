@@ -8,7 +8,7 @@ dimensions: a compiled step is then compiled once, whatever the number of steps.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,12 +16,22 @@ import torch
 from torch import Tensor
 
 Step = Callable[..., Tensor]  # (k, at, update, *more) -> update(velocity at the k-th time and `at` (N, C), *more)
+Steps = int | tuple[int, int]  # per token; two numbers: of the first tokens and of the last
+STAIRS = 4  # each number of steps has its own graph
+
+
+def steps_at(position: int, num_tokens: int, steps: Steps) -> int:
+    """Steps of the token at `position` (0-based): of two numbers a linear staircase from the first to the second."""
+    if isinstance(steps, int):
+        return steps
+    first, last = steps
+    return round(first + (last - first) * (position * STAIRS // num_tokens) / (STAIRS - 1))
 
 
 class Sampler(NamedTuple):
     """walk(step, noise, times) -> tokens (N, C); noise (num_noise, N, C): the start, then one per step."""
 
-    walk: Callable[[Step, Tensor, list[float]], Tensor]
+    walk: Callable[[Step, Tensor, Sequence[float]], Tensor]
     times: Callable[[int, float], list[float]]  # (num_steps, last_step_size) -> times
     num_noise: Callable[[int], int]  # num_steps -> tensors of noise per token
 
@@ -37,7 +47,7 @@ def euler_maruyama_update(velocity: Tensor, x: Tensor, noise: Tensor, t: Tensor,
     return x + ((1 + t) * velocity.float() - x) * dt + (2 * (1 - t) * dt) ** 0.5 * noise
 
 
-def euler_maruyama(step: Step, noise: Tensor, times: list[float]) -> Tensor:
+def euler_maruyama(step: Step, noise: Tensor, times: Sequence[float]) -> Tensor:
     """Stochastic steps over evenly spaced times, and a last plain Euler step to t = 1."""
     last, dt = len(times) - 1, noise.new_full((), times[1] - times[0])
     on_device = dt * torch.arange(last, dtype=noise.dtype, device=noise.device)
@@ -53,7 +63,7 @@ def euler_update(velocity: Tensor, x: Tensor, dt: Tensor) -> Tensor:
     return x + velocity.float() * dt
 
 
-def euler(step: Step, noise: Tensor, times: list[float]) -> Tensor:
+def euler(step: Step, noise: Tensor, times: Sequence[float]) -> Tensor:
     """Deterministic steps over evenly spaced times, and a last one to t = 1."""
     last, dt = len(times) - 1, noise.new_full((), times[1] - times[0])
     x = noise[0]
@@ -72,7 +82,7 @@ def halved_times(num_steps: int, last_step_size: float) -> list[float]:
     return even_times(2 * num_steps, last_step_size)
 
 
-def midpoint(step: Step, noise: Tensor, times: list[float]) -> Tensor:
+def midpoint(step: Step, noise: Tensor, times: Sequence[float]) -> Tensor:
     """Second order: the slope of a step is the one at its middle, where half an Euler step leads."""
     half, whole, x = noise.new_full((), times[1]), noise.new_full((), 2 * times[1]), noise[0]
     for k in range(0, len(times), 2):
@@ -87,7 +97,7 @@ def adams_bashforth_update(velocity: Tensor, x: Tensor, before: Tensor | None, d
     return euler_update(now if before is None else 1.5 * now - 0.5 * before, x, dt), now
 
 
-def adams_bashforth(step: Step, noise: Tensor, times: list[float]) -> Tensor:
+def adams_bashforth(step: Step, noise: Tensor, times: Sequence[float]) -> Tensor:
     """Second order with one velocity per step. The first step is Euler's."""
     dt, x, before = noise.new_full((), 1 / len(times)), noise[0], None
     for k in range(len(times)):
@@ -117,7 +127,7 @@ def renoise_shares(t: float, later: float) -> tuple[float, float, float]:
     return (1 - later) / (1 - t) * kept, later * (1 - kept**2), (1 - later) * (1 - kept**2) ** 0.5
 
 
-def sde_2m(step: Step, noise: Tensor, times: list[float]) -> Tensor:
+def sde_2m(step: Step, noise: Tensor, times: Sequence[float]) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al., arXiv 2211.01095) on the linear path: second order, one velocity per step."""
     x, before, h_before = noise[0], None, math.inf
     for k, (t, later) in enumerate(pairwise(times)):

@@ -31,7 +31,10 @@ def eager_tracing(monkeypatch):
     return torch._dynamo.utils.counters["stats"]
 
 
-@pytest.mark.parametrize("changed", [{}, {"cfg_schedule": "constant"}, {"cfg_scale": 1.0}, {"sampler": "ode"}])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"cfg_schedule": "constant"}, {"cfg_scale": 1.0}, {"sampler": "ode"}, {"num_sampling_steps": (4, 1)}],
+)
 def test_static_shapes_give_the_same_tokens(changed):
     settings = SamplingSettings(**{"cfg_scale": 2.0, "num_sampling_steps": 3, **changed})
     model = calm_nano()
@@ -69,7 +72,7 @@ def test_compiled_generation_traces_one_block_for_all_layers_and_positions(eager
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_compiled_step_is_the_step(eager_tracing, sampler):
-    settings = SamplingSettings(cfg_scale=2.0, num_sampling_steps=3, sampler=sampler)
+    settings = SamplingSettings(cfg_scale=2.0, num_sampling_steps=(9, 2), sampler=sampler)
     model = calm_nano()
     expected = generate(model, settings)
     compiled = static(model, settings, compile_pieces(model))

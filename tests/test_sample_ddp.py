@@ -89,6 +89,16 @@ def test_the_batch_size_changes_nothing_but_rounding(sample):
     assert (three == eight).mean() > 0.99
 
 
+def test_annealed_steps_are_recorded_as_they_were_asked_for(sample, capsys):
+    code, folder = sample("run", "--num-fid-samples", 2, "--num-sampling-steps", "4:2", "--sampler", "ab2", "--to-npz")
+    assert code == 0
+    assert json.loads((folder / "samples.json").read_text())["settings"]["--num-sampling-steps"] == "4:2"
+    code, other = sample("other", "--num-fid-samples", 2, "--num-sampling-steps", 4, "--sampler", "ab2", "--to-npz")
+    assert code == 0 and (load(folder)[0] != load(other)[0]).any()
+    assert sample("run", "--num-fid-samples", 2, "--num-sampling-steps", "4:3", "--sampler", "ab2")[0] == 2
+    assert "--num-sampling-steps: 4:2 there, 4:3 now" in capsys.readouterr().err
+
+
 def test_the_released_conversion_to_bytes_is_asked_for(sample, capsys):
     ours, released = (
         load(sample(name, "--num-fid-samples", 4, "--to-npz", *flags)[1])[0].astype(int)
@@ -430,6 +440,8 @@ def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
         (["--ckpt", __file__], "not a readable checkpoint"),
         (["--num-fid-samples", "99999999999"], "--num-fid-samples: 99999999999 must lie in [1, 10000000]"),
         (["--num-sampling-steps", "1000000000"], "--num-sampling-steps: 1000000000 must lie in [1, 10000]"),
+        (["--num-sampling-steps", "50:0"], "--num-sampling-steps: 0 must lie in [1, 10000]"),
+        (["--num-sampling-steps", "50:20:5"], "--num-sampling-steps: 20:5 is no whole number"),
         (["--labels", "balanced"], "--labels: not allowed with argument --class-ids"),
         (["--global-seed", str(2**64)], f"--global-seed: {2**64} must lie in 0 to 2^64 - 1"),
         (["--sample-dir", __file__], "test_sample_ddp.py"),

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from models.samplers import SAMPLERS
+from models.samplers import SAMPLERS, STAIRS, steps_at
 
 MEAN, SPREAD = 2.0, 0.5
 GAUSSIAN = [(1.0, MEAN, SPREAD)]  # weight, mean, deviation
@@ -122,3 +122,18 @@ def test_the_velocity_is_asked_once_at_every_time_and_at_no_other(name, steps):
 def test_the_published_times():
     times = SAMPLERS["sde"].times(100, 0.04)
     assert len(times) == 101 and times[0] == 0 and times[-1] == pytest.approx(0.96)
+
+
+def test_annealed_steps_fall_linearly_by_stairs():
+    steps = [steps_at(position, 256, (50, 20)) for position in range(256)]
+    assert (steps[0], steps[-1], sum(steps)) == (50, 20, 256 * 35)
+    assert steps == sorted(steps, reverse=True) and len(set(steps)) == STAIRS
+    line = [50 - 30 * position / 255 for position in range(256)]
+    assert max(abs(a - b) for a, b in zip(steps, line)) <= 30 / STAIRS + 0.5
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_a_single_number_of_steps_is_every_tokens(tokens):
+    assert {steps_at(position, tokens, 50) for position in range(tokens)} == {50}
+    assert {steps_at(position, tokens, (50, 50)) for position in range(tokens)} == {50}
+    assert steps_at(0, tokens, (50, 20)) == 50

@@ -68,9 +68,9 @@ def static_phases(phases, num_class_tokens: int):
         return Graphed(lambda tokens, position: phases.decode_step(tokens, position, part), pool)
 
     @cache
-    def sample_graph(rows: int, guided: bool) -> Graphed:
+    def sample_graph(rows: int, guided: bool, times: tuple[float, ...]) -> Graphed:
         def sample_token(condition, noise, time_embedding, *scale):
-            return phases.sample_token(condition, noise, time_embedding, scale[0] if guided else None)
+            return phases.sample_token(condition, noise, time_embedding, scale[0] if guided else None, times=times)
 
         return Graphed(sample_token, pool)
 
@@ -82,9 +82,9 @@ def static_phases(phases, num_class_tokens: int):
         where = torch.full((), position, device=tokens.device)
         return decode_graph(kv_cache, length)(tokens, where)
 
-    def sample_token(condition, noise, time_embedding, scale) -> Tensor:
+    def sample_token(condition, noise, time_embedding, scale, times) -> Tensor:
         scales = () if scale is None else (torch.full((), scale, device=noise.device),)
-        return sample_graph(len(condition), scale is not None)(condition, noise, time_embedding, *scales)
+        return sample_graph(len(condition), scale is not None, times)(condition, noise, time_embedding, *scales)
 
     # one cache for all batches: graphs know its address
     return type(phases)(cache(phases.new_cache), phases.prefill, sample_token, decode_step)
