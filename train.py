@@ -415,7 +415,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
             skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
             if not stage.has_finite_weights():
                 stop(checkpoints, f"weights are not finite after step {step}, though their gradients were")
-            kept = ends_epoch and progress.epoch % args.keep_freq == 0
+            kept = ends_epoch and bool(args.keep_freq) and progress.epoch % args.keep_freq == 0
             if distributed.is_main() and (is_end or kept or not skipping):
                 save(progress.epoch if kept else None)
 

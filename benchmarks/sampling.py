@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import PRESETS, Phases, SamplingSettings, SphereAR, decode
 from models.flow import guide
-from models.samplers import SAMPLERS, uniform_times
+from models.samplers import uniform_times
 from utils.files import write_json
 from utils.images import to_uint8
 from utils.noise import normals
@@ -146,9 +146,9 @@ def main() -> None:
     trunk, rows = nn.ModuleList([fast.layers, fast.head]), args.batch * (1 + guided)
     if not args.compile and device.type == "cpu" and is_large(trunk):
         use_ways(trunk, ways := choose_ways(trunk, rows), rows)
-    ours = Phases.of(fast, settings, compile_pieces(fast, SAMPLERS["sde"]) if args.compile else None)
+    ours = Phases.of(fast, settings, compile_pieces(fast) if args.compile else None)
     if args.compile:
-        ours = static_phases(ours, fast.config.num_class_tokens)
+        ours = static_phases(ours, fast.config.num_class_tokens, device.type == "cuda")
 
     config = plain.config
     calls = {"prefill": 1, "noise": config.num_tokens, "head": config.num_tokens, "decoder": 1}

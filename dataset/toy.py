@@ -84,13 +84,32 @@ def _add(tar: tarfile.TarFile, name: str, content: io.BytesIO) -> None:
     tar.addfile(member, content)
 
 
+class Judge:
+    """A support-vector classifier of real images, uint8 (N, S, S, 3) with labels (N,)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        from sklearn.svm import SVC
+
+        self.classifier = SVC(C=10).fit(_as_vectors(images), labels)
+
+    def agreement(self, images: np.ndarray, asked: np.ndarray) -> float:
+        """Share of images that it labels as they were asked for."""
+        return float((self.classifier.predict(_as_vectors(images)) == asked).mean())
+
+
+def fit_judge(data_path: str | Path, image_size: int) -> Judge:
+    """A `Judge` of all images of a tar or folder, cropped to image_size."""
+    data = ImageDataset(open_source(data_path), image_size, seed=0)
+    real = [data[i] for i in range(len(data))]
+    images = np.stack([sample.image.permute(1, 2, 0).numpy() for sample in real])
+    return Judge(images, np.array([sample.label for sample in real]))
+
+
 def class_agreement(data_path: str | Path, samples: str | Path) -> float:
-    """Share of samples that a support-vector classifier, fitted on the real images, labels as they were asked for.
+    """Share of samples that a `Judge` of the real images labels as they were asked for.
 
     `samples` is an .npz: images `arr_0`, uint8 (N, S, S, 3), and labels `arr_1`. Raises ValueError where either lacks.
     """
-    from sklearn.svm import SVC
-
     if not Path(samples).is_file():
         raise ValueError(f"{samples}: is no file")
     try:
@@ -103,11 +122,7 @@ def class_agreement(data_path: str | Path, samples: str | Path) -> float:
         raise ValueError(
             f"{samples}: needs uint8 images (N, S, S, 3) and N labels, has {generated.shape}, {asked.shape}"
         )
-    data = ImageDataset(open_source(data_path), image_size=generated.shape[1], seed=0)
-    real = [data[i] for i in range(len(data))]
-    images = np.stack([sample.image.permute(1, 2, 0).numpy() for sample in real])
-    judge = SVC(C=10).fit(_as_vectors(images), [sample.label for sample in real])
-    return float((judge.predict(_as_vectors(generated)) == asked).mean())
+    return fit_judge(data_path, generated.shape[1]).agreement(generated, asked)
 
 
 def _as_vectors(images: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import Phases, SamplingSettings, SphereAR, decode, generate_tokens, project_to_sphere
+from models import Phases, SamplingSettings, SphereAR, decode, encode, generate_tokens, project_to_sphere
 from models.samplers import SAMPLERS
 from tests.helpers.nano import NANO, seeded_noise, stirred_nano
 from utils.sampling.draws import image_noise
@@ -54,7 +54,7 @@ def test_generated_tokens_are_on_the_sphere(nano):
 
 
 def test_images_are_decoded_a_few_at_a_time(nano, monkeypatch):
-    monkeypatch.setattr("models.generation.DECODE_PIXELS", {"cpu": 2 * 32 * 32})
+    monkeypatch.setattr("models.generation.PIXELS_AT_ONCE", {"cpu": 2 * 32 * 32})
     tokens = project_to_sphere(torch.randn(5, 16, 8), NANO.radius)
     parts = list(decode(nano, tokens))
     assert [len(part) for part in parts] == [2, 2, 1]
@@ -129,14 +129,14 @@ def test_annealed_steps_give_every_token_its_own_times_and_the_noise_of_its_addr
     own, asked = Phases.of(nano, settings), []
 
     def sample_token(condition, noise, time_embedding, scale, times):
-        asked.append(times)
+        asked.append((times, len(noise)))
         assert len(time_embedding) == len(times)
         return own.sample_token(condition, noise, time_embedding, scale, times=times)
 
     labels, noise = torch.tensor([1, 2]), image_noise(0, torch.arange(2), settings.num_noise, NANO.latent_dim)
     tokens = generate_tokens(nano, labels, settings, noise, replace(own, sample_token=sample_token))
     counts = {steps: replace(settings, num_sampling_steps=steps) for steps in (5, 4, 3, 2)}
-    assert asked == [counts[steps].times for steps in (5, 4, 3, 2) for _ in range(4)]
+    assert asked == [(counts[steps].times, counts[steps].num_noise) for steps in (5, 4, 3, 2) for _ in range(4)]
     five = counts[5]
     noise = image_noise(0, torch.arange(2), five.num_noise, NANO.latent_dim)
     alike = (generate_tokens(nano, labels, five, noise) == tokens).all(-1).all(0)
@@ -148,3 +148,27 @@ def test_equal_annealed_steps_are_the_single_number(nano):
     two = replace(one, num_sampling_steps=(3, 3))
     assert one.num_noise == two.num_noise
     assert torch.equal(*(generate_tokens(nano, labels, settings, seeded_noise(settings)) for settings in (one, two)))
+
+
+def test_a_prompt_is_continued_from_its_tokens(nano):
+    """Its tokens stand where they were, the head is not asked for them, and what follows is as when it drew them."""
+    labels, own, asked = torch.tensor([1, 2]), Phases.of(nano, FEW), []
+    phases = replace(own, sample_token=lambda *args, **times: asked.append(1) or own.sample_token(*args, **times))
+    whole = generate_tokens(nano, labels, FEW, seeded_noise(FEW))
+    assert torch.equal(generate_tokens(nano, labels, FEW, seeded_noise(FEW), prompt=whole[:, :0]), whole)
+    other = project_to_sphere(torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(5)), NANO.radius)
+    tokens = generate_tokens(nano, labels, FEW, seeded_noise(FEW), phases, prompt=other[:, :5])
+    assert torch.equal(tokens[:, :5], other[:, :5]) and len(asked) == 11
+    assert not torch.isclose(tokens[:, 5:], whole[:, 5:]).all(-1).any()  # they follow from another beginning
+    again = generate_tokens(nano, labels, FEW, seeded_noise(FEW), prompt=tokens[:, :9])
+    assert torch.equal(again, tokens)
+    assert torch.equal(generate_tokens(nano, labels, FEW, seeded_noise(FEW), prompt=other), other)
+
+
+def test_encoding_is_the_posteriors_mode_a_few_images_at_a_time(nano, monkeypatch):
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = nano.vae.encode(images).mode()
+    monkeypatch.setattr("models.generation.PIXELS_AT_ONCE", {"cpu": 2 * 32 * 32})
+    for model in (nano, nano.vae):
+        assert torch.allclose(encode(model, images), expected, atol=1e-5)
+    assert torch.allclose(torch.cat(list(decode(nano.vae, expected))), nano.vae.decode(expected), atol=1e-5)

@@ -51,14 +51,14 @@ def test_everything_else_goes_to_sdpa(flash_stand_in):
 
 def test_the_package_is_taken_when_importable_and_never_needed(monkeypatch):
     class FlashAttn:
-        flash_attn_func = "the package's"
+        flash_attn_func = flash_attn_with_kvcache = "the package's"
 
     for package, expected in ((FlashAttn, "the package's"), (None, None)):
         monkeypatch.setitem(sys.modules, "flash_attn", package)
         spec = importlib.util.spec_from_file_location("layers_again", models.layers.__file__)
         layers = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(layers)
-        assert layers.flash_attn_func == expected
+        assert layers.flash_attn_func == layers.flash_attn_with_kvcache == expected
 
 
 def test_a_compiled_block_is_one_graph():
