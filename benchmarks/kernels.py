@@ -24,14 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import compile_fx, config, graph
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.training import Ours, Straightforward  # noqa: E402
+from dataset import Sample  # noqa: E402
 from models import PRESETS, SphereAR, SphereARConfig  # noqa: E402
 from utils.files import read_json, write_json  # noqa: E402
 from utils.provenance import provenance  # noqa: E402
+from utils.training.compilation import compile_ar  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/kernels.json"
 H100 = SimpleNamespace(
@@ -54,6 +59,7 @@ class Kernels(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
+        self.device = "cuda"
         self.eager: Counter[str] = Counter()
         self.compiled: Counter[str] = Counter()
         self.codes: list[str] = []  # what Inductor generated, graph by graph
@@ -69,7 +75,12 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if not self._inside and not func.is_view and func not in NO_KERNEL and _on_gpu(result):
+        if (
+            not self._inside
+            and not func.is_view
+            and func not in NO_KERNEL
+            and _on_gpu(args if result is None else result, self.device)
+        ):
             self.eager[str(func)] += 1
         return result
 
@@ -96,9 +107,9 @@ class Kernels(TorchDispatchMode):
         return run
 
 
-def _on_gpu(result: object) -> bool:
+def _on_gpu(result: object, device: str) -> bool:
     leaves = torch.utils._pytree.tree_leaves(result)
-    return any(leaf.is_cuda for leaf in leaves if isinstance(leaf, Tensor))
+    return any(leaf.device.type == device for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _kernels_of(code: str) -> Counter[str]:
@@ -113,6 +124,8 @@ class _Generated(Exception):
 def generated_code(module: torch.fx.GraphModule, inputs: list, **options: object) -> str:
     """Inductor's code for a graph, up to where a GPU would be needed to load it."""
     codes = []
+    if not any(isinstance(value, Tensor) and value.is_cuda for value in inputs):
+        module, inputs = moved_to_gpu(module, inputs)
 
     def stop(lowering: graph.GraphLowering) -> None:
         codes.append(lowering.codegen()[0].value)
@@ -125,6 +138,21 @@ def generated_code(module: torch.fx.GraphModule, inputs: list, **options: object
             if not codes:
                 raise
     return codes[0]
+
+
+def moved_to_gpu(module: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.GraphModule, list]:
+    """A graph of fake CPU tensors, and its inputs, on the GPU."""
+    mode, module = detect_fake_mode(inputs), copy.deepcopy(module)
+    with mode:
+        inputs = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
+            for x in inputs
+        ]
+    for node in module.graph.nodes:
+        if "device" in node.kwargs:
+            node.update_kwarg("device", torch.device("cuda:0"))
+    FakeTensorProp(module, mode).propagate(*inputs)
+    return module, inputs
 
 
 @contextmanager
@@ -190,7 +218,63 @@ def sampling(name: str) -> dict:
             return {"network": kernels.total - before}
 
 
-COUNTS: dict[str, Callable[[str], dict]] = {"sampling": sampling}  # of a preset's name
+@contextmanager
+def trained_on_cpu(kernels: Kernels) -> Iterator[None]:
+    """Inside, fake CPU tensors stand for the GPU's: torch's engine takes no gradients for a GPU that is not there.
+
+    Their compiled graphs are moved to the GPU before Inductor sees them, attention is FlashAttention, and multi-tensor
+    operators are chosen as on a GPU. Autocast follows the CPU's list of operators.
+    """
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(kernels, "device", "cpu"))
+        stack.enter_context(patch.object(nn.functional, "scaled_dot_product_attention", flash))
+        stack.enter_context(patch.object(Tensor, "item", lambda self: 1.0))  # the loss, for a log; Adam's step
+        stack.enter_context(patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True))
+        stack.enter_context(patch("torch.optim.adam._default_to_fused_or_foreach", lambda *_, **__: (False, True)))
+        yield
+
+
+def training(name: str) -> dict:
+    """Kernels of an AR training step of 64 images under bf16 autocast: ours, and the straightforward one.
+
+    Both are those of benchmarks/training.py, compiled; of the straightforward one its blocks, stem and velocity network.
+    """
+    config, counts = PRESETS[name], {}
+    for kind in ("ours", "straightforward"):
+        with fake_gpu() as kernels, trained_on_cpu(kernels):
+            model, device = SphereAR(config), torch.device("cpu")
+            for module in model.modules():
+                for buffer, value in module._buffers.items():
+                    module._buffers[buffer] = torch.empty_like(value)  # RoPE is real
+            model.vae.requires_grad_(False).eval()
+            autocast = torch.autocast("cpu", torch.bfloat16)
+            if kind == "ours":
+                compile_ar(model)
+                step = Ours(model, autocast, device, compiled=True)
+            else:
+                encoder = model.vae.encoder
+                for module in (*model.layers, model.head.net, *encoder.layers, encoder.patchify):
+                    module.compile(dynamic=False)
+                step = Straightforward(model, autocast, device)
+            side = config.svae.image_size
+            images = torch.zeros(64, 3, side, side, dtype=torch.uint8)
+            batch = Sample(images, torch.zeros(64, dtype=torch.long), torch.zeros(64, dtype=torch.long), [""] * 64)
+            step.step(batch)  # compiles, and makes the optimizer's state
+            eager, compiled = kernels.eager.copy(), kernels.compiled.copy()
+            step.step(batch)
+            eager, compiled = kernels.eager - eager, kernels.compiled - compiled
+            counts[kind] = {
+                "total": eager.total() + compiled.total(), "compiled": compiled.total(), "eager": eager.total(),
+                "eager_operators": dict(eager.most_common()),
+            }  # fmt: skip
+    return counts
+
+
+COUNTS: dict[str, Callable[[str], dict]] = {"sampling": sampling, "training": training}  # of a preset's name
 
 
 def main() -> None:

@@ -166,6 +166,17 @@ class Stem(nn.Module):
         return self.net(x)
 
 
+class ConvOut(nn.Sequential):
+    """(B, in, S, S) -> (B, 3, S, S). A class with a forward of its own: torch.compile passes over a bare Sequential."""
+
+    def __init__(self, in_channels: int):
+        super().__init__(_norm(in_channels), nn.SiLU(), _conv(in_channels, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, silu, conv = self
+        return conv(silu(norm(x)))
+
+
 class TokenTransformer(nn.Module):
     """The bidirectional transformer in encoder and decoder; registers go in front and are dropped at the end."""
 
@@ -182,7 +193,7 @@ class TokenTransformer(nn.Module):
         x = torch.cat([registers, x], dim=1)  # (B, registers + P, D), float32 under autocast
         for layer in self.layers:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(layer, x, self.freqs_cis, use_reentrant=False)
+                x = checkpoint(layer, x, self.freqs_cis, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, self.freqs_cis)
         return x[:, registers.shape[1] :]
@@ -209,7 +220,7 @@ class Decoder(TokenTransformer):
         channels = config.stem_channels[::-1]
         self.conv_in = nn.Sequential(to_grid, _conv(config.width, config.width))
         self.unpatchify = nn.Sequential(to_grid, Stem(UpBlock, channels))
-        self.conv_out = nn.Sequential(_norm(channels[-1]), nn.SiLU(), _conv(channels[-1], 3))
+        self.conv_out = ConvOut(channels[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x.transpose(1, 2))  # (B, D, g, g)
