@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import PRESETS, Phases, SamplingSettings, SphereAR, decode
 from models.flow import guide
+from models.layers import KVCache
 from models.samplers import uniform_times
 from utils.files import write_json
 from utils.images import to_uint8
@@ -36,20 +37,30 @@ from utils.sampling.graphs import cast_weights, compile_pieces, static_phases
 LAST_STEP_SIZE = SamplingSettings().last_step_size
 
 
-def straightforward_head(model: SphereAR, condition: Tensor, noise: Tensor, scale: float | None) -> Tensor:
-    """Euler-Maruyama with nothing taken out of the loop: time, condition and adaLN parameters at every evaluation."""
-    times = uniform_times(len(noise) - 1, LAST_STEP_SIZE)
-    dt = times[1]
+def straightforward_phases(
+    model: SphereAR, settings: SamplingSettings, compiled: Callable[[Callable], Callable] | None = None
+) -> Phases:
+    """Euler-Maruyama with nothing taken out of the loop: time, condition and adaLN parameters at every evaluation; and
+    a float32 KV cache, of which every position takes its slice. compiled: torch.compile, for the velocity."""
+    head_velocity = model.head.velocity if compiled is None else compiled(model.head.velocity)
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        x = x if scale is None else torch.cat([x, x])
-        v = model.head.velocity(x, torch.full((len(x),), t, device=x.device), condition)
-        return v.float() if scale is None else guide(*v.chunk(2), scale)
+    def sample_token(condition, noise, time_embedding, scale, times) -> Tensor:
+        dt = times[1]
 
-    x = noise[0]
-    for t, draw in zip(times, noise[1:]):
-        x = x + ((1 + t) * velocity(x, t) - x) * dt + (2 * (1 - t) * dt) ** 0.5 * draw
-    return x + LAST_STEP_SIZE * velocity(x, times[-1])
+        def velocity(x: Tensor, t: float) -> Tensor:
+            x = x if scale is None else torch.cat([x, x])
+            v = head_velocity(x, torch.full((len(x),), t, device=x.device), condition)
+            return v.float() if scale is None else guide(*v.chunk(2), scale)
+
+        x = noise[0]
+        for t, draw in zip(times, noise[1:]):
+            x = x + ((1 + t) * velocity(x, t) - x) * dt + (2 * (1 - t) * dt) ** 0.5 * draw
+        return x + (1 - times[-1]) * velocity(x, times[-1])
+
+    def new_cache(rows: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        return model.new_cache(rows, torch.float32, device)
+
+    return Phases(new_cache, model.prefill, sample_token, model.decode_step)
 
 
 def build(name: str, device: torch.device) -> SphereAR:
