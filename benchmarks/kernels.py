@@ -11,6 +11,7 @@ times. Results go to benchmarks/results/kernels.json.
 
 import argparse
 import copy
+import json
 import re
 import sys
 from collections import Counter
@@ -377,13 +378,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=sizes)
     parser.add_argument("--what", nargs="+", choices=list(COUNTS), default=list(COUNTS))
     options = parser.parse_args()
-    report = read_json(RESULTS, "remove it") if RESULTS.exists() else {}
     for what in options.what:
-        counts = {name: COUNTS[what](name) for name in options.models}
-        report[what] = {"made_by": provenance(torch.device("cpu")), "kernels": counts}
-        for name, found in counts.items():
-            print(f"{what}, {name}: {found}")
-    write_json(RESULTS, report)
+        for name in options.models:
+            found = COUNTS[what](name)
+            print(f"{what}, {name}: {json.dumps(found, indent=2)}", flush=True)
+            report = read_json(RESULTS, "remove it") if RESULTS.exists() else {}
+            kernels = report.get(what, {}).get("kernels", {})
+            report[what] = {"made_by": provenance(torch.device("cpu")), "kernels": {**kernels, name: found}}
+            write_json(RESULTS, report)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_at_most_two_tokens_are_in_the_queue(monkeypatch):
 
 
 def test_one_kv_cache_is_kept_and_no_other(monkeypatch):
-    """The next batch of the same kind gets the same memory; a batch of another kind, new memory, and the old is free."""
+    """The next batch of the same kind gets the same memory; one of another kind new memory, and the old is free."""
     phases, kind = static(calm_nano()), (2, torch.float32, torch.device("cpu"))
     kv_cache = phases.new_cache(*kind)
     assert phases.new_cache(*kind) is kv_cache
