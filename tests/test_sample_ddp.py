@@ -98,6 +98,16 @@ def test_the_batch_size_changes_nothing_but_rounding(sample):
     assert (three == eight).mean() > 0.99
 
 
+def test_annealed_steps_are_recorded_as_they_were_asked_for(sample, capsys):
+    code, folder = sample("run", "--num-fid-samples", 2, "--num-sampling-steps", "4:2", "--sampler", "ab2", "--to-npz")
+    assert code == 0
+    assert json.loads((folder / "samples.json").read_text())["settings"]["--num-sampling-steps"] == "4:2"
+    code, other = sample("other", "--num-fid-samples", 2, "--num-sampling-steps", 4, "--sampler", "ab2", "--to-npz")
+    assert code == 0 and (load(folder)[0] != load(other)[0]).any()
+    assert sample("run", "--num-fid-samples", 2, "--num-sampling-steps", "4:3", "--sampler", "ab2")[0] == 2
+    assert "--num-sampling-steps: 4:2 there, 4:3 now" in capsys.readouterr().err
+
+
 def test_the_released_conversion_to_bytes_is_asked_for(sample, capsys):
     ours, released = (
         load_images(sample(name, "--num-fid-samples", 4, "--to-npz", *flags)[1])[0].astype(int)
@@ -566,6 +576,8 @@ def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
             ["--num-sampling-steps", "1000000000"],
             "/--sample-steps: 1000000000 must lie in [1, 10000]",
         ),
+        (["--num-sampling-steps", "50:0"], "/--sample-steps: 0 must lie in [1, 10000]"),
+        (["--num-sampling-steps", "50:20:5"], "/--sample-steps: 20:5 is no whole number"),
         (["--labels", "balanced"], "--labels: not allowed with argument --class-ids"),
         (["--global-seed", str(2**64)], f"--global-seed/--seed: {2**64} must lie in 0 to 2^64 - 1"),
         (["--sample-dir", __file__], "test_sample_ddp.py"),
@@ -675,3 +687,10 @@ def test_too_large_a_batch_for_the_memory_is_one_line(sample, monkeypatch, capsy
         "sample_ddp.py: error: can't allocate memory: you tried to allocate 221184000000 bytes. Error code 12 (Cannot "
         "allocate memory). Lower --per-proc-batch-size."
     )
+
+
+def test_cuda_graphs_need_a_gpu_and_are_no_part_of_compile(sample, capsys):
+    assert sample("run", "--num-fid-samples", 1, "--cuda-graphs")[0] == 2
+    assert "--cuda-graphs: needs a GPU; leave it out" in capsys.readouterr().err
+    code, folder = sample("run", "--num-fid-samples", 1, "--no-cuda-graphs", "--no-compile")
+    assert code == 0 and json.loads((folder / "samples.json").read_text())["cuda_graphs"] is False
