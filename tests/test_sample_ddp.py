@@ -696,3 +696,10 @@ def test_too_large_a_batch_for_the_memory_is_one_line(sample, monkeypatch, capsy
         "sample_ddp.py: error: can't allocate memory: you tried to allocate 221184000000 bytes. Error code 12 (Cannot "
         "allocate memory). Lower --per-proc-batch-size."
     )
+
+
+def test_cuda_graphs_need_a_gpu_and_are_no_part_of_compile(sample, capsys):
+    assert sample("run", "--num-fid-samples", 1, "--cuda-graphs")[0] == 2
+    assert "--cuda-graphs: needs a GPU; leave it out" in capsys.readouterr().err
+    code, folder = sample("run", "--num-fid-samples", 1, "--no-cuda-graphs", "--no-compile")
+    assert code == 0 and json.loads((folder / "samples.json").read_text())["cuda_graphs"] is False
