@@ -114,6 +114,7 @@ def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: s
     flags = ("num_fid_samples", "cfg_scale", "cfg_schedule", "num_sampling_steps", "sampler", "global_seed", "labels")
     flags += ("class_ids", "mixed_precision", "reference_uint8", "tf32")
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
+    settings |= {} if args.class_ids is None else {"--labels": None}
     return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
 
 
@@ -179,21 +180,21 @@ def batch_sampler(args: argparse.Namespace, model: SphereAR, labels: np.ndarray,
         pixels = []
         with script.autocast(device, args.mixed_precision):
             tokens = models.generate_tokens(model, on_device[1], settings, noise, phases, observe)[: stop - start]
-            require_finite(tokens, start, args.ckpt)
+            require_finite(tokens, start, args)
             for part in models.decode(model, tokens):
-                require_finite(part, start + sum(map(len, pixels)), args.ckpt)
+                require_finite(part, start + sum(map(len, pixels)), args)
                 pixels.append(to_uint8(part, torch.bfloat16 if args.reference_uint8 else torch.float32))
         return np.concatenate(pixels)
 
     return sample
 
 
-def require_finite(values: Tensor, first: int, ckpt: str) -> None:
+def require_finite(values: Tensor, first: int, args: argparse.Namespace) -> None:
     finite = values.isfinite().flatten(1).all(1)
     if not finite.all():
         raise FloatingPointError(
-            f"--ckpt {ckpt}: image {first + int(finite.int().argmin())} has values that are not finite; "
-            "use --mixed-precision none or another checkpoint"
+            f"--ckpt {args.ckpt}: image {first + int(finite.int().argmin())} has values that are not finite; use "
+            f"{'' if args.mixed_precision == 'none' else '--mixed-precision none or '}another checkpoint"
         )
 
 

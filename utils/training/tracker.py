@@ -84,7 +84,7 @@ class Tracker:
         self.indices: list[torch.Tensor] = []  # this process's images in each of them
         self.finite: list[torch.Tensor] = []
         self.skipped_in_a_row = 0
-        self.logged = step
+        self.logged = self.started_at = step
         self.started = time.perf_counter()
 
     def add(self, metrics: dict[str, torch.Tensor], *, finite: torch.Tensor, indices: torch.Tensor) -> None:
