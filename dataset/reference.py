@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # paths may have letters that the terminal has not
     try:
         for flag, value, least, most in (
-            ("--image-size", args.image_size, 1, 2**14),
+            ("--image-size", args.image_size, 1, 2**13),
             ("--num-workers", args.num_workers, 0, 1024),
         ):
             if not least <= value <= most:

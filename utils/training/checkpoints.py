@@ -167,10 +167,10 @@ class CheckpointFolder:
             self.failed = True
             kept = self.good[-1] if self.good else "none yet"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            free = shutil.disk_usage(self.folder).free / 1e9  # torch's error does not tell a full disk
-            self.report(
-                f"could not save {path}: {reason} ({free:.3g} GB free there); training goes on, last good one: {kept}"
-            )
+            free = ""  # torch's error does not tell a full disk
+            with suppress(OSError):  # the folder has gone
+                free = f" ({shutil.disk_usage(self.folder).free / 1e9:.3g} GB free there)"
+            self.report(f"could not save {path}: {reason}{free}; training goes on, last good one: {kept}")
             return
         self.failed = False
         self.good = [*(good for good in self.good[-1:] if good != path), path]

@@ -67,7 +67,7 @@ def parse_args(
     add("--model", default="SphereAR-L", choices=models, help="size; with --vae-only, whose S-VAE [%(default)s]")
     add("--vae-only", action="store_true", help="train the S-VAE instead of the AR model")
     add("--trained-vae", metavar="FILE", help="AR: the S-VAE's checkpoint; it decides image size, patch and latent dim")
-    add("--image-size", type=within(1, 2**14), help="side of the images in pixels [the model's]")
+    add("--image-size", type=within(1, 2**13), help="side of the images in pixels [the model's]")
     add("--patch-size", type=int, choices=[4, 8, 16, 32], help="side of a token in pixels [the model's]")
     add("--latent-dim", type=within(2, MAX_SIZE), help="dimension of a token [the model's]")
     add("--posterior", choices=posteriors, help="the S-VAE's law of latents; with --trained-vae, its own [the model's]")
