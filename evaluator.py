@@ -17,7 +17,8 @@ import argparse
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -107,13 +108,14 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict, Evalu
         check_inputs(*files)
     paths = [file.path for file in files]
     distributed.from_main(lambda: results.check_outputs(*paths, args.cache_features, args.save_statistics))
+    weights_path = distributed.from_main(lambda: inception_weights.find_weights(args.inception))
     notes = inspect(*files)
     for note in notes:
         distributed.print0(f"warning: {printable(note)}", file=sys.stderr)
     batch_size = min(args.batch_size or (2 if device.type == "cpu" else 64), max(file.count for file in files))
     with distributed.all_or_none():
         workers = min(choose_workers(args, device, batch_size, file) for file in files if file.count)
-    (reference, samples), weights = extract_all(args, device, files, batch_size, workers)
+    (reference, samples), weights = extract_all(args, device, files, weights_path, batch_size, workers)
     hand_back_memory()
     extracted = time.monotonic()
 
@@ -150,12 +152,16 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict, Evalu
 
 
 def extract_all(
-    args: argparse.Namespace, device: torch.device, files: tuple[Images, ...], batch_size: int, workers: int
+    args: argparse.Namespace,
+    device: torch.device,
+    files: tuple[Images, ...],
+    weights_path: Path,
+    batch_size: int,
+    workers: int,
 ) -> tuple[list[Evaluated], dict]:
     """Both files evaluated, and the record of the weights. The network lives here only."""
-    path = distributed.from_main(lambda: inception_weights.find_weights(args.inception))
     with distributed.all_or_none():
-        weights = inception_weights.read_weights(path)
+        weights = inception_weights.read_weights(weights_path)
         network = load_network(weights, args.backend, device, batch_size)
     hand_back_memory()
     weights_record = {"path": str(weights.path), "kind": weights.kind, "sha256": weights.sha256}
@@ -181,7 +187,7 @@ def extract_all(
             length = batch_size * -(-file.count // (batch_size * PARTS))
             batches = read_parts(file, length, at_once=4 * workers * batch_size)
             features = extract(
-                batches, extractor, file.count, length,
+                while_good(batches, checksum), extractor, file.count, length,
                 name=str(file.path), half=args.pr_dtype == "float16", to_logits=to_logits,
             )  # fmt: skip
             file.close()
@@ -197,6 +203,14 @@ def extract_all(
                 found.append(Evaluated(file, *compute(file)))
             hand_back_memory()
     return found, weights_record
+
+
+def while_good(batches: Iterable[np.ndarray], checksum: Future | None) -> Iterator[np.ndarray]:
+    """The batches, until the checksum that is made meanwhile finds the file damaged: then its ValueError."""
+    for batch in batches:
+        if checksum is not None and checksum.done():
+            checksum.result()
+        yield batch
 
 
 def choose_workers(args: argparse.Namespace, device: torch.device, batch_size: int, file: Images) -> int:
