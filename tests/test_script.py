@@ -93,6 +93,7 @@ def test_a_file_stands_for_its_flags(tmp_path):
         (script.at_least(0.0), "1e400", "must be at least 0"),
         (script.SEED, str(2**64), "must lie in"),
     ],
+    ids=range(7),
 )
 def test_numbers_have_an_upper_bound(kind, word, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):

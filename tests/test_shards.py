@@ -222,7 +222,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert int(result.stdout) < 16_000  # kB
 
 
-@pytest.mark.parametrize("text", [b"(" * 9000, b"{'descr': '|u1', " + b"[" * 200, b"{'descr': '|u1'}"])
+@pytest.mark.parametrize(
+    "text", [b"(" * 9000, b"{'descr': '|u1', " + b"[" * 200, b"{'descr': '|u1'}"], ids=["round", "square", "short"]
+)
 def test_a_shard_with_a_hostile_header_is_set_aside(shards, text):
     path = shards / "00000003-00000007.npy"
     path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)

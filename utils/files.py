@@ -101,11 +101,10 @@ def lock(folder: Path, stack: ExitStack, flag: str) -> bool:
         if os.fstat(file.fileno()).st_nlink:  # else its last holder removed it between our two lines
             break
     stack.callback(path.unlink, missing_ok=True)  # before the lock is given up
-    with suppress(OSError):  # a full disk
-        file.truncate(0)
-        file.seek(0)
-        file.write(f"{LOCKED_BY}{os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-        file.flush()
+    holder = f"{LOCKED_BY}{os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+    with suppress(OSError):  # a full disk; what `file` holds back would be tried again when it is closed
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.encode(), 0)
     return True
 
 

@@ -1,6 +1,7 @@
 """What a run reports: losses that stay on the device between log lines, one text line, TensorBoard."""
 
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -24,6 +25,16 @@ def summary_writer(folder: Path, step: int):
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=step)
+
+
+def without_tensorboards(print_error: Callable) -> Callable:
+    """threading.excepthook without the tracebacks of TensorBoard's thread, whose errors the writer raises again."""
+
+    def print_others(error: threading.ExceptHookArgs) -> None:
+        if type(error.thread).__module__.partition(".")[0] != "tensorboard":
+            print_error(error)
+
+    return print_others
 
 
 def add_to(totals: dict[str, torch.Tensor], share: float, **values: torch.Tensor) -> None:
@@ -72,6 +83,8 @@ class Tracker:
                 if (folder / "log.txt").is_fifo():  # it would be waited for, for ever
                     raise ValueError(f"{folder / 'log.txt'}: is a pipe; move it away")
                 self.file = open(folder / "log.txt", "ab", buffering=0)  # noqa: SIM115
+        self.excepthook = threading.excepthook
+        threading.excepthook = without_tensorboards(self.excepthook)
         if self.file is not None:
             with self._tensorboard():
                 self.writer = summary_writer(folder / "tensorboard", step)
@@ -171,5 +184,6 @@ class Tracker:
         with self._tensorboard():
             if self.writer is not None:
                 self.writer.close()
+        threading.excepthook = self.excepthook
         if self.file is not None:
             self.file.close()
