@@ -21,11 +21,13 @@ from utils import checkpoint_file
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+GUIDES = {path: path.read_text() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
 SCRIPTS = {"train.py": train.main, "sample_ddp.py": sample_ddp.main, "evaluator.py": evaluator.main}
 OTHERS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--rdzv_backend",
           "--rdzv_endpoint", "--rdzv_id", "--logdir", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal",
-          "--requeue", "--open-mode", "--batch", "--no-decoder", "--turns", "--images"}  # fmt: skip
-# torchrun, TensorBoard, SLURM, benchmarks; those of python -m … are asked for as the scripts' are
+          "--requeue", "--open-mode", "--batch", "--no-decoder", "--turns", "--images", "--index-url",
+          "--no-build-isolation"}  # fmt: skip
+# torchrun, TensorBoard, SLURM, benchmarks, pip; those of python -m … are asked for as the scripts' are
 MODULES = "dataset.toy", "dataset.check", "dataset.reference", "examples.collapse"
 
 
@@ -77,17 +79,18 @@ def test_from_digits_to_metrics(tmp_path):
     assert class_agreement(str(tar), str(samples / "samples.npz")) <= 1
 
 
-# ---- the README
+# ---- the README and the guides
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for path, text in GUIDES.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+            assert (path.parent / target).exists(), f"{path}: {target}"
 
 
 def test_the_tree_names_what_is_there():
     """Every file of the product, and no other: FILE.py under its folder, and a wing's rooms without their ending."""
-    tree = README.partition("## The tree")[2].partition("```\n")[2].partition("```")[0]
+    tree = (ROOT / "CONTRIBUTING.md").read_text().partition("## The tree")[2].partition("```\n")[2].partition("```")[0]
     folder, wing, named = ROOT, None, set()
     for line in tree.splitlines():
         first, _, rest = line.strip().partition(" ")
@@ -116,7 +119,7 @@ def help_of(command: list[str]) -> str:
 
 def test_every_flag_exists():
     known = "".join(help_of([script]) for script in SCRIPTS) + "".join(help_of(["-m", name]) for name in MODULES)
-    for flag in set(re.findall(r"--[a-z][a-z0-9_-]+", README)) - OTHERS:
+    for flag in set(re.findall(r"--[a-z][a-z0-9_-]+", "".join(GUIDES.values()))) - OTHERS:
         assert flag in known, flag
 
 
