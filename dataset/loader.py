@@ -18,6 +18,7 @@ from dataset.draws import epoch_order
 from dataset.imagenet import MAX_BAD_SHARE, CropKey, ImageDataset, Sample
 
 PREFETCH_BATCHES = 4  # per worker
+MAX_WORKERS = 1024
 WORKER_DIED = "DataLoader worker (pid", "Pin memory thread exited"  # how torch's RuntimeErrors about that begin
 
 

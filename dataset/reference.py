@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.imagenet import MAX_BAD_SHARE, ImageDataset, open_source
-from dataset.loader import read_batches
+from dataset.loader import MAX_WORKERS, read_batches
 from utils.files import atomic_file, printable
 
 BATCH_SIZE = 32
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for flag, value, least, most in (
             ("--image-size", args.image_size, 1, 2**13),
-            ("--num-workers", args.num_workers, 0, 1024),
+            ("--num-workers", args.num_workers, 0, MAX_WORKERS),
         ):
             if not least <= value <= most:
                 raise ValueError(f"{flag} {value} must lie in [{least}, {most}]")
