@@ -282,6 +282,8 @@ def kill_savers(folder: CheckpointFolder, kills: int, size: int) -> tuple[int, i
         lost += step < acknowledged or folder.reports != [] or (last.exists() and read(last)["step"] < acknowledged)
         done = step
         clean(folder)
+        if good:  # as the next run does: the kill may have come between a checkpoint and last.pt, which tells no loss
+            folder.continue_from(good)
     return cut, lost
 
 
