@@ -37,6 +37,7 @@ from utils.images import to_float
 from utils.provenance import versions
 from utils.sampling.draws import image_noise
 from utils.training.checkpoints import CheckpointFolder, Entry, read_back
+from utils.training.compilation import compile_ar, compile_svae
 from utils.training.draws import StepDraws
 from utils.training.ema import EMA
 from utils.training.latents import measure_scale
@@ -100,7 +101,8 @@ class Stage:
         return to_float(batch.image.to(self.device, non_blocking=True).to(memory_format=self.memory_format))
 
     def draws(self, batch: Sample, step: int) -> StepDraws:
-        return StepDraws(self.args.global_seed, step, batch.index.to(self.device, non_blocking=True))
+        index = batch.index.to(self.device, non_blocking=True)
+        return StepDraws(self.args.global_seed, step, index, compiled=self.args.compile)
 
     def check_continues(self, state: dict) -> None:
         """Raises ValueError where the checkpoint `state` cannot be continued in this stage."""
@@ -134,7 +136,7 @@ class SVAEStage(Stage):
             self.discriminator = PatchDiscriminator().to(device, memory_format=self.memory_format)
             self.adversary = self.add_player("discriminator", Adversary(self.discriminator))
         if args.compile:
-            compile_blocks(*vae.encoder.layers, *vae.decoder.layers, vae.encoder.patchify, vae.decoder.unpatchify)
+            compile_svae(vae, *filter(None, (self.lpips, self.discriminator)))
 
     def backward(self, batches: list[Sample], step: int) -> dict[str, Tensor]:
         share, totals, weight = 1 / len(batches), {}, 0.0
@@ -209,7 +211,7 @@ class ARStage(Stage):
         model.grad_checkpointing = args.grad_checkpointing
         self.player = self.add_player("model", model)
         if args.compile:
-            compile_blocks(*model.layers, model.head.net, *model.vae.encoder.layers, model.vae.encoder.patchify)
+            compile_ar(model)
 
     def backward(self, batches: list[Sample], step: int) -> dict[str, Tensor]:
         share, totals, config = 1 / len(batches), {}, self.model.config
@@ -246,12 +248,6 @@ class ARStage(Stage):
         noise = image_noise(self.args.global_seed, images, PREVIEW_SETTINGS.num_noise, averaged.config.latent_dim)
         tokens = generate_tokens(averaged, images % averaged.config.num_classes, PREVIEW_SETTINGS, noise)
         return torch.cat(list(decode(averaged, tokens))).float()
-
-
-def compile_blocks(*modules: nn.Module) -> None:
-    """torch.compile each module in place: far quicker than the whole, and gradients still travel block by block."""
-    for module in modules:
-        module.compile()
 
 
 # ---- what a checkpoint holds -----------------------------------------------------------------------------------------
@@ -414,7 +410,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
             if not stage.has_finite_weights():
                 what = f"weights are not finite after step {step}, though their gradients were"
                 stop(checkpoints, what, args.mixed_precision)
-            kept = ends_epoch and progress.epoch % args.keep_freq == 0
+            kept = ends_epoch and bool(args.keep_freq) and progress.epoch % args.keep_freq == 0
             if distributed.is_main() and (is_end or kept or not skipping):
                 save(progress.epoch if kept else None)
 

@@ -28,6 +28,7 @@ from models.posteriors import Draws  # noqa: E402
 from utils import script  # noqa: E402
 from utils.images import to_float  # noqa: E402
 from utils.provenance import provenance  # noqa: E402
+from utils.training.compilation import compile_ar  # noqa: E402
 from utils.training.draws import StepDraws  # noqa: E402
 from utils.training.ema import EMA  # noqa: E402
 from utils.training.players import make_player  # noqa: E402
@@ -61,8 +62,8 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 class Ours:
     """The step of train.py, from the same parts."""
 
-    def __init__(self, model: SphereAR, autocast: torch.autocast, device: torch.device):
-        self.model, self.autocast, self.device = model, autocast, device
+    def __init__(self, model: SphereAR, autocast: torch.autocast, device: torch.device, compiled: bool = False):
+        self.model, self.autocast, self.device, self.compiled = model, autocast, device, compiled
         self.player = make_player(
             "model", model, device, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, is_fp16=False, num_parts=1
         )
@@ -71,6 +72,9 @@ class Ours:
     def images(self, batch: Sample) -> torch.Tensor:
         memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         return to_float(batch.image.to(self.device).to(memory_format=memory_format))
+
+    def draws(self, batch: Sample) -> StepDraws:
+        return StepDraws(0, 0, batch.index.to(self.device), compiled=self.compiled)
 
     def posterior_draws(self, draws: StepDraws) -> Draws:
         config = self.model.config
@@ -88,7 +92,7 @@ class Ours:
             return self.model.vae.encode(self.images(batch)).sample_from(self.posterior_draws(draws))
 
     def backward(self, batch: Sample) -> None:
-        draws = StepDraws(0, 0, batch.index.to(self.device))
+        draws = self.draws(batch)
         inputs = self.inputs(batch, draws)
         with self.autocast:
             loss = self.player(self.tokens(batch, draws), *inputs)
@@ -143,7 +147,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each kind [%(default)s]")
     parser.add_argument("--precision", choices=["none", "bf16"], help="[bf16 on GPUs, else none]")
-    parser.add_argument("--compile", action="store_true", help="compile our step's blocks, as train.py does on GPUs")
+    parser.add_argument("--compile", action="store_true", help="compile our step's parts, as train.py does on GPUs")
     parser.add_argument("--grad-checkpointing", action="store_true", help="in ours")
     options = parser.parse_args()
 
@@ -159,9 +163,8 @@ def main() -> None:
     model.vae.to(memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
     model.grad_checkpointing = options.grad_checkpointing
     if options.compile:
-        for module in (*model.layers, model.head.net, *model.vae.encoder.layers, model.vae.encoder.patchify):
-            module.compile()
-    ours = Ours(model, autocast, device)
+        compile_ar(model)
+    ours = Ours(model, autocast, device, compiled=options.compile)
     side, batch_size = config.svae.image_size, options.batch_size
     batch = Sample(
         torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8),
@@ -183,7 +186,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         ours.step(batch)
-    draws = StepDraws(0, 0, batch.index.to(device))
+    draws = ours.draws(batch)
     with autocast:
         tokens, (labels, t, noise) = ours.tokens(batch, draws), ours.inputs(batch, draws)
 
@@ -196,7 +199,7 @@ def main() -> None:
 
     def head() -> None:
         with autocast:
-            loss = model.head.loss(tokens, condition, t, noise)
+            loss = model.head(tokens, condition, t, noise)
         loss.backward()
 
     def encode() -> None:

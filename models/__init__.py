@@ -8,8 +8,9 @@ from models.checkpoint import (
     from_checkpoint,
     load_state,
     own_names,
+    preset_of,
 )
-from models.generation import Phases, SamplingSettings, decode, generate_tokens
+from models.generation import Phases, SamplingSettings, decode, encode, generate_tokens
 from models.sphere import HypersphericalUniform, PowerSpherical, project_to_sphere
 from models.spherear import PRESETS, SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig, stem_channels_for
@@ -31,10 +32,12 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "decode",
+    "encode",
     "from_checkpoint",
     "generate_tokens",
     "load_state",
     "own_names",
+    "preset_of",
     "project_to_sphere",
     "stem_channels_for",
 ]

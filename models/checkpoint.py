@@ -3,16 +3,18 @@
 A checkpoint is a dict with `model` (and perhaps `ema`): state dicts under the released names, `vae.*` for the S-VAE.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from models.spherear import SphereAR, SphereARConfig
+from models.spherear import PRESETS, SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig
 
 Config = SVAEConfig | SphereARConfig
 MAX_SIZE, MAX_FLOAT = 2**20, 1e30  # of whole and other numbers in a config
+SIZE = "num_layers", "width", "head_blocks", "head_width", "head_adaln_sets"  # of a preset, as the weights show it
 
 
 def config_to_dict(config: Config) -> dict:
@@ -86,8 +88,21 @@ def load_state(model: SphereAR | SVAE, state: dict[str, Tensor], assign: bool = 
     model.load_state_dict(state, strict=True, assign=assign)
 
 
+def preset_of(config: SphereARConfig) -> str | None:
+    """The preset whose size the config has; S-VAE, classes and the values of training may be others."""
+    return next((name for name, preset in PRESETS.items() if _size(preset) == _size(config)), None)
+
+
+def _size(config: SphereARConfig) -> tuple[int, ...]:
+    return config.num_heads, *(getattr(config, name) for name in SIZE)
+
+
 def infer_config(state: dict[str, Tensor]) -> Config:
-    """The config of a state dict of released names, from its shapes: a preset, or one with 64-wide attention heads."""
+    """The config of a state dict of released names, from its shapes.
+
+    They do not show the AR model's number of attention heads: it is the preset's of that size. ValueError where there
+    is none, and for other weights.
+    """
     try:
         svae = _infer_svae(state)
         if "cls_embedding.weight" not in state:
@@ -95,20 +110,21 @@ def infer_config(state: dict[str, Tensor]) -> Config:
         rows, class_width = state["cls_embedding.weight"].shape
         width = len(state["norm.weight"])
         head_width, _ = state["head.net.input_proj.weight"].shape
-        config = SphereARConfig(
-            num_layers=_count(state, "layers."),
-            num_heads=width // 64,
-            width=width,
-            head_blocks=_count(state, "head.net.res_blocks."),
-            head_width=head_width,
-            head_adaln_sets=_count(state, "head.net.ada_ln_blocks."),
-            svae=svae,
-            num_classes=rows - 1,
-            num_class_tokens=class_width // width,
+        layers, blocks, sets = (
+            _count(state, prefix) for prefix in ("layers.", "head.net.res_blocks.", "head.net.ada_ln_blocks.")
         )
+        size = dict(zip(SIZE, (layers, width, blocks, head_width, sets)))
+        changes = {"svae": svae, "num_classes": rows - 1, "num_class_tokens": class_width // width}
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"the weights are not SphereAR's or an S-VAE's: {error}") from error
-    return config
+    for preset in PRESETS.values():
+        if all(getattr(preset, name) == value for name, value in size.items()):
+            return replace(preset, **changes)
+    told = ", ".join(f"{name} {value}" for name, value in size.items())
+    raise ValueError(
+        f"the weights come without a config and are of no preset's size ({told}): their number of attention heads is "
+        f"not known; add the entry 'config' (models.config_to_dict), or give weights of {', '.join(PRESETS)}"
+    )
 
 
 def _infer_svae(state: dict[str, Tensor]) -> SVAEConfig:
@@ -159,7 +175,7 @@ def from_checkpoint(checkpoint: dict, ema: bool = True) -> SphereAR | SVAE:
         raise ValueError(f"the config has {max(_layers(config))} layers, the weights are {len(state)} tensors")
     if _largest_rope(config) > sum(value.numel() for value in state.values()):  # which is real even on meta
         raise ValueError(f"the config has {_tokens(config)} tokens, more than the weights are made for")
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         model = build(config)
     load_state(model, state, assign=True)
     return model.eval().requires_grad_(False)
@@ -176,6 +192,16 @@ def _largest_rope(config: Config) -> int:
     if isinstance(config, SphereARConfig):
         sizes.append((config.num_class_tokens + svae.num_tokens) * config.width // config.num_heads)
     return max(sizes)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """torch.nn.init does nothing: without it no weights are drawn, for which torch would load its compiler (1 s)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def _layers(config: Config) -> list[int]:

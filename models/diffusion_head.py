@@ -114,7 +114,7 @@ class DiffusionHead(nn.Module):
         """Velocity at x (N, C), times t (N,), condition (N, D)."""
         return self.net(x, self.net.modulation(self.net.time_embed(t) + self.net.cond_embed(condition)))
 
-    def loss(self, target: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, target: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Flow-matching loss, float32 scalar: mean ‖velocity(x_t) − (target − noise)‖² over all elements.
 
         target: (B, P, C); condition: (B, P, D); t: (M, B, P); noise: (M, B, P, C): every token is used M times, its

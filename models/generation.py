@@ -15,10 +15,10 @@ from models.layers import KVCache
 from models.samplers import SAMPLERS, Sampler
 from models.sphere import project_to_sphere
 from models.spherear import SphereAR
-from models.svae import PROJECTIONS
+from models.svae import PROJECTIONS, SVAE
 
 Noise = Callable[[int, int], Tensor]  # (token, rows) -> (num_noise, rows, C)
-DECODE_PIXELS = {"cuda": 2**22, "cpu": 2**19}  # images decoded at a time: 64 and 8 of 256 x 256
+PIXELS_AT_ONCE = {"cuda": 2**22, "cpu": 2**19}  # through the S-VAE: 64 and 8 images of 256 x 256
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,13 @@ def generate_tokens(
     noise: Noise,
     phases: Phases | None = None,
     observe: Callable[[int, Tensor, Tensor], None] = watch_nothing,
+    prompt: Tensor | None = None,
 ) -> Tensor:
     """Tokens (B, P, C) on the sphere (with the projection "all") for the class labels (B,).
 
     noise(token, rows): rows is B, except at an unguided token of a guided generation: there the null rows (behind)
-    draw their own. observe(position, raw, token) sees every token before and after its projection.
+    draw their own. observe(position, raw, token) sees every token before and after its projection. prompt (B, n, C):
+    the first n tokens, which are continued as a language model continues a text.
     """
     config, batch = model.config, len(labels)
     phases = phases or Phases.of(model, settings)
@@ -99,15 +101,19 @@ def generate_tokens(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.proj_in.weight.dtype
     cache = phases.new_cache(len(rows), dtype, labels.device)
     time_embedding = model.head.embed_times(settings.times)
+    given = [] if prompt is None else prompt.unbind(dim=1)
 
     tokens = []
     condition = phases.prefill(rows, cache)
     for position in range(config.num_tokens):
-        scale = guidance_at(position, config.num_tokens, settings.cfg_scale, settings.cfg_schedule)
-        # As in the released code: where the scale is exactly 1 (token 0), the null rows draw a token of their own.
-        draws = noise(position, batch if scale > 1 else len(rows))
-        raw = phases.sample_token(condition, draws, time_embedding, scale if scale > 1 else None)
-        token = project_to_sphere(raw, config.radius) if projects else raw  # the paper's claim
+        if position < len(given):
+            raw = token = given[position]
+        else:
+            scale = guidance_at(position, config.num_tokens, settings.cfg_scale, settings.cfg_schedule)
+            # As in the released code: where the scale is exactly 1 (token 0), the null rows draw a token of their own.
+            draws = noise(position, batch if scale > 1 else len(rows))
+            raw = phases.sample_token(condition, draws, time_embedding, scale if scale > 1 else None)
+            token = project_to_sphere(raw, config.radius) if projects else raw  # the paper's claim
         observe(position, raw, token)
         tokens.append(token[:batch])
         if position + 1 < config.num_tokens:
@@ -117,8 +123,23 @@ def generate_tokens(
 
 
 @torch.no_grad()
-def decode(model: SphereAR, tokens: Tensor) -> Iterator[Tensor]:
+def encode(model: SphereAR | SVAE, images: Tensor) -> Tensor:
+    """Tokens (B, P, C), as the AR model knows them, of images (B, 3, S, S) in [-1, 1]: the posterior's mode."""
+    vae = _svae_of(model)
+    return torch.cat([vae.to_tokens(vae.encode(part).mode()) for part in _parts(vae, images)])
+
+
+@torch.no_grad()
+def decode(model: SphereAR | SVAE, tokens: Tensor) -> Iterator[Tensor]:
     """Images (b, 3, S, S), not clamped, of tokens (B, P, C), a few at a time: memory does not grow with the batch."""
-    at_once = max(1, DECODE_PIXELS[tokens.device.type] // model.config.svae.image_size**2)
-    for part in tokens.split(at_once):
-        yield model.vae.decode(part)
+    vae = _svae_of(model)
+    for part in _parts(vae, tokens):
+        yield vae.decode(part)
+
+
+def _svae_of(model: SphereAR | SVAE) -> SVAE:
+    return model if isinstance(model, SVAE) else model.vae
+
+
+def _parts(vae: SVAE, values: Tensor) -> tuple[Tensor, ...]:
+    return values.split(max(1, PIXELS_AT_ONCE[values.device.type] // vae.config.image_size**2))

@@ -109,7 +109,7 @@ class SphereAR(nn.Module):
 
         tokens: (B, P, C); labels: (B,), null_class where dropped; t: (M, B, P); noise: (M, B, P, C).
         """
-        return self.head.loss(tokens, self.condition(tokens, labels), t, noise)
+        return self.head(tokens, self.condition(tokens, labels), t, noise)
 
     def condition(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Conditions (B, P, D) of tokens (B, P, C), each from its class label (B,) and the earlier tokens."""
@@ -117,7 +117,7 @@ class SphereAR(nn.Module):
         x = self.emb_norm(x)  # (B, L, D)
         for layer in self.layers:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(layer, x, self.rope, True, use_reentrant=False)
+                x = checkpoint(layer, x, self.rope, True, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, self.rope, causal=True)
         return self.norm(x[:, -self.config.num_tokens :]) + self.pos_for_diff.weight

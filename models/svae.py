@@ -48,7 +48,7 @@ class SVAEConfig:
     num_registers: int = 4
     stem_channels: tuple[int, ...] = (64, 64, 128, 256, 512)  # conv_in's, then one per halving; mirrored in the decoder
     posterior: str = "power-spherical"
-    sigma: float | None = None  # a fixed-sigma posterior's deviation
+    sigma: float | None = None  # the deviation of a posterior that does not learn it
     projection: str = "all"
     latent_shift: float = 0.0  # latents that stay flat go to the AR model as (latent − shift) / scale …
     latent_scale: float | None = None  # … once both are measured, at the end of the S-VAE's training
@@ -60,8 +60,9 @@ class SVAEConfig:
             raise ValueError(f"projection {self.projection!r} is not one of {', '.join(PROJECTIONS)}")
         if POSTERIORS[self.posterior].on_sphere and self.projection != "all":
             raise ValueError(f"projection {self.projection}: latents of {self.posterior} are on the sphere; take all")
-        if not ((self.sigma or 0) > 0 if self.posterior == "fixed-sigma" else self.sigma is None):
-            raise ValueError(f"sigma {self.sigma}: a fixed-sigma posterior needs one above 0, and no other takes one")
+        if not ((self.sigma or 0) > 0 if POSTERIORS[self.posterior].takes_sigma else self.sigma is None):
+            needing = " or ".join(name for name, posterior in POSTERIORS.items() if posterior.takes_sigma)
+            raise ValueError(f"sigma {self.sigma}: a {needing} posterior needs one above 0, and no other takes one")
         if self.latent_scale is not None and (not self.is_flat or not self.latent_scale > 0):
             raise ValueError(f"latent_scale {self.latent_scale} must be above 0, and is for projection none or decoder")
         if self.latent_shift and self.latent_scale is None:
@@ -168,6 +169,17 @@ class Stem(nn.Module):
         return self.net(x)
 
 
+class ConvOut(nn.Sequential):
+    """(B, in, S, S) -> (B, 3, S, S). A class with a forward of its own: torch.compile passes over a bare Sequential."""
+
+    def __init__(self, in_channels: int):
+        super().__init__(_norm(in_channels), nn.SiLU(), _conv(in_channels, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, silu, conv = self
+        return conv(silu(norm(x)))
+
+
 class TokenTransformer(nn.Module):
     """The bidirectional transformer in encoder and decoder; registers go in front and are dropped at the end."""
 
@@ -184,7 +196,7 @@ class TokenTransformer(nn.Module):
         x = torch.cat([registers, x], dim=1)  # (B, registers + P, D), float32 under autocast
         for layer in self.layers:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(layer, x, self.freqs_cis, use_reentrant=False)
+                x = checkpoint(layer, x, self.freqs_cis, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, self.freqs_cis)
         return x[:, registers.shape[1] :]
@@ -211,7 +223,7 @@ class Decoder(TokenTransformer):
         channels = config.stem_channels[::-1]
         self.conv_in = nn.Sequential(to_grid, _conv(config.width, config.width))
         self.unpatchify = nn.Sequential(to_grid, Stem(UpBlock, channels))
-        self.conv_out = nn.Sequential(_norm(channels[-1]), nn.SiLU(), _conv(channels[-1], 3))
+        self.conv_out = ConvOut(channels[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x.transpose(1, 2))  # (B, D, g, g)

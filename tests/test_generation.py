@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import Phases, SamplingSettings, SphereAR, decode, generate_tokens, project_to_sphere
+from models import Phases, SamplingSettings, SphereAR, decode, encode, generate_tokens, project_to_sphere
 from tests.helpers.nano import NANO, seeded_noise, stirred_nano
 
 FEW = SamplingSettings(cfg_scale=2.0, num_sampling_steps=2)
@@ -51,7 +51,7 @@ def test_generated_tokens_are_on_the_sphere(nano):
 
 
 def test_images_are_decoded_a_few_at_a_time(nano, monkeypatch):
-    monkeypatch.setattr("models.generation.DECODE_PIXELS", {"cpu": 2 * 32 * 32})
+    monkeypatch.setattr("models.generation.PIXELS_AT_ONCE", {"cpu": 2 * 32 * 32})
     tokens = project_to_sphere(torch.randn(5, 16, 8), NANO.radius)
     parts = list(decode(nano, tokens))
     assert [len(part) for part in parts] == [2, 2, 1]
@@ -117,3 +117,27 @@ def test_generation_under_bfloat16_autocast_keeps_a_bfloat16_cache(nano):
         tokens = generate_tokens(nano, torch.tensor([1, 2]), FEW, seeded_noise(FEW), phases)
     assert made[0].keys.dtype == made[0].values.dtype == torch.bfloat16
     assert tokens.dtype == torch.float32 and tokens.isfinite().all()
+
+
+def test_a_prompt_is_continued_from_its_tokens(nano):
+    """Its tokens stand where they were, the head is not asked for them, and what follows is as when it drew them."""
+    labels, own, asked = torch.tensor([1, 2]), Phases.of(nano, FEW), []
+    phases = replace(own, sample_token=lambda *args: asked.append(1) or own.sample_token(*args))
+    whole = generate_tokens(nano, labels, FEW, seeded_noise(FEW))
+    assert torch.equal(generate_tokens(nano, labels, FEW, seeded_noise(FEW), prompt=whole[:, :0]), whole)
+    other = project_to_sphere(torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(5)), NANO.radius)
+    tokens = generate_tokens(nano, labels, FEW, seeded_noise(FEW), phases, prompt=other[:, :5])
+    assert torch.equal(tokens[:, :5], other[:, :5]) and len(asked) == 11
+    assert not torch.isclose(tokens[:, 5:], whole[:, 5:]).all(-1).any()  # they follow from another beginning
+    again = generate_tokens(nano, labels, FEW, seeded_noise(FEW), prompt=tokens[:, :9])
+    assert torch.equal(again, tokens)
+    assert torch.equal(generate_tokens(nano, labels, FEW, seeded_noise(FEW), prompt=other), other)
+
+
+def test_encoding_is_the_posteriors_mode_a_few_images_at_a_time(nano, monkeypatch):
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = nano.vae.encode(images).mode()
+    monkeypatch.setattr("models.generation.PIXELS_AT_ONCE", {"cpu": 2 * 32 * 32})
+    for model in (nano, nano.vae):
+        assert torch.allclose(encode(model, images), expected, atol=1e-5)
+    assert torch.allclose(torch.cat(list(decode(nano.vae, expected))), nano.vae.decode(expected), atol=1e-5)

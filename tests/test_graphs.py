@@ -41,6 +41,14 @@ def test_static_shapes_give_the_same_tokens(changed):
     assert torch.equal(generate(model, settings), expected)  # the model itself is as it was
 
 
+def test_static_shapes_continue_a_prompt_to_the_same_tokens():
+    model, labels, noise = calm_nano(), torch.tensor([0, 1, 2]), noise_of(GUIDED)
+    prompt = tokens_of(model.config, 3)[:, :5]
+    expected = generate_tokens(model, labels, GUIDED, noise, prompt=prompt)
+    continued = generate_tokens(model, labels, GUIDED, noise, static(model), prompt=prompt)
+    assert torch.allclose(continued, expected, atol=1e-5) and torch.equal(continued[:, :5], prompt)
+
+
 def test_static_and_sliced_cache_agree_at_every_position():
     model = calm_nano()
     labels, tokens = torch.tensor([3, 10]), tokens_of(model.config, 2)
@@ -64,6 +72,8 @@ def test_compiled_generation_traces_one_block_for_all_layers_and_positions(eager
     assert graphs == 7  # block: prefill and three lengths; velocity network; update: own first token of null rows, rest
     stronger = SamplingSettings(cfg_scale=3.0, num_sampling_steps=3)
     generate(model, stronger, phases, images=(7, 8, 9))
+    prompt = tokens_of(model.config, 3)[:, :5]
+    generate_tokens(model, torch.tensor([0, 1, 2]), GUIDED, noise_of(GUIDED), phases, prompt=prompt)
     assert eager_tracing["unique_graphs"] == graphs
 
 

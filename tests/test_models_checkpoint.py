@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from models import (
     PRESETS,
     SVAE,
     SphereAR,
-    SphereARConfig,
     SVAEConfig,
     build,
     checkpoint_state,
     config_from_dict,
     config_to_dict,
     from_checkpoint,
+    preset_of,
 )
 from models.checkpoint import infer_config
 from tests.helpers.nano import NANO, stirred_nano
@@ -64,17 +65,25 @@ def test_published_checkpoints_are_recognised_from_their_shapes(name):
 
 
 def test_published_form_loads_strictly():
-    """A file as released: no config, an argparse.Namespace inside."""
-    config = SphereARConfig(
-        num_layers=1, num_heads=1, width=64, head_blocks=2, head_width=32, head_adaln_sets=1, num_class_tokens=2,
-        svae=SVAEConfig(32, 16, 16, 64, 1, 1, 1, stem_channels=(8, 8, 16, 32, 64)), num_classes=10,
-    )  # fmt: skip
+    """A file as released: no config, an argparse.Namespace inside; a preset's size with other classes and S-VAE."""
+    svae = SVAEConfig(32, 16, 16, 64, 1, 1, 1, stem_channels=(8, 8, 16, 32, 64))
+    config = replace(NANO, num_classes=7, num_class_tokens=2, svae=svae)
     model = SphereAR(config)
     loaded = from_checkpoint(checkpoint(model, args=argparse.Namespace(model="SphereAR-B"), epochs=400))
     assert loaded.config == config
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
     svae = from_checkpoint(checkpoint(model.vae))
     assert isinstance(svae, SVAE) and svae.config == config.svae
+
+
+def test_without_a_config_a_size_of_no_preset_is_refused():
+    """The number of attention heads is in no shape."""
+    config = replace(NANO, num_layers=2)
+    assert preset_of(config) is None and preset_of(replace(NANO, num_classes=3)) == "SphereAR-Nano"
+    saved = checkpoint(SphereAR(config))
+    with pytest.raises(ValueError, match=r"of no preset's size \(num_layers 2, width 192, .*number of attention heads"):
+        from_checkpoint(saved)
+    assert from_checkpoint({**saved, "config": config_to_dict(config)}).config == config
 
 
 def test_foreign_weights_are_refused():

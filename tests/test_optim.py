@@ -55,6 +55,26 @@ def test_learning_rate_quarter_of_the_cosine_and_off():
     assert {learning_rate(s, **{**schedule, "decay_start": -1}) for s in (0, 50, 100)} == {1.0}
 
 
+def test_a_norm_of_0_does_not_clip():
+    steps = []
+    for max_grad_norm in (0, 1e9, 1e-9):
+        model = small_model()
+        norm = backward_and_update(model, max_grad_norm)
+        steps.append((norm, [weight.clone() for weight in model.parameters()]))
+    assert steps[0][0] == steps[1][0] > 1
+    assert all(torch.equal(a, b) for a, b in zip(steps[0][1], steps[1][1]))
+    assert not torch.equal(steps[0][1][0], steps[2][1][0])
+
+
+def backward_and_update(model: nn.Module, max_grad_norm: float) -> torch.Tensor:
+    """One step of plain SGD-like AdamW whose size shows the gradient's: betas of 0 and a large epsilon."""
+    optimizer = build_adamw(model.named_parameters(), lr=0.1, betas=(0.0, 0.0), weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["eps"] = 10.0
+    model(torch.full((5, 3), 9.0)).square().sum().backward()
+    return update(optimizer, list(model.parameters()), max_grad_norm=max_grad_norm)
+
+
 def test_update_is_adamw_with_clipping():
     model, reference = small_model(), small_model()
     optimizer = adamw(model)

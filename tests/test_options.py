@@ -52,12 +52,12 @@ def test_published_commands_are_the_shortest_ones():
         ("--vae-only --min-lr 0", r"--min-lr 0.0: has an effect only with --decay-start"),
         ("--trained-vae x.pt --lr inf", r"--lr: inf must be above 0"),
         ("--trained-vae x.pt --lr nan", r"--lr: nan must be above 0"),
-        ("--trained-vae x.pt --global-seed 18446744073709551616", r"--global-seed: 18446744073709551616 must lie in"),
         (f"--vae-only --latent-dim {10**22}", r"--latent-dim: 1000\d+ must lie in \[2, 1048576\]"),
         (f"--vae-only --image-size {10**22}", r"--image-size: 1000\d+ must lie in \[1, 8192\]"),
         (f"--trained-vae x.pt --cls-token-num {10**22}", r"--cls-token-num: 1000\d+ must lie in"),
         ("--vae-only --max-bad-share 1e308", r"--max-bad-share: 1e308 must lie in \[0.0, 1.0\]"),
         ("--vae-only --posterior fixed-sigma --sigma 1e308", r"--sigma: 1e308 is too large"),
+        ("--trained-vae x.pt --global-seed 18446744073709551616", r"--seed: 18446744073709551616 must lie in"),
         ("--trained-vae x.pt --epochs 1.5", r"--epochs: 1.5 is no whole number"),
         ("--trained-vae x.pt --min-lr 1 --lr 0.1", r"--min-lr 1.0: must not be above --lr 0.1"),
     ],
@@ -72,6 +72,15 @@ def test_what_has_no_effect_is_none():
     assert (args.disc_start, args.min_lr, args.diff_batch_mul) == (None, None, None)
     args = parse("--data-path data --trained-vae x.pt")
     assert (args.kl_weight, args.disc_weight, args.min_lr, args.decay_start) == (None, None, 1e-5, 20_000)
+
+
+def test_released_ways_to_turn_something_off_are_understood():
+    released = parse("--data-path data --trained-vae x.pt --ema -1 --max-grad-norm 0 --keep-freq 0 --seed 7")
+    ours = parse("--data-path data --trained-vae x.pt --ema 0 --max-grad-norm 0 --keep-freq 0 --global-seed 7")
+    assert released == ours and (ours.ema, ours.max_grad_norm, ours.keep_freq, ours.global_seed) == (0.0, 0.0, 0, 7)
+    for wrong in ("--ema -0.5", "--ema 1", "--max-grad-norm -1", "--keep-freq -1"):
+        with pytest.raises(ValueError, match=wrong.split()[0]):
+            parse(f"--data-path data --trained-vae x.pt {wrong}")
 
 
 def test_a_checkpoint_without_a_command_line_is_refused():

@@ -17,10 +17,19 @@ import torch
 from PIL import Image
 
 import models
-from models import PRESETS, SphereAR, checkpoint_state, config_to_dict
+from models import PRESETS, SamplingSettings, SphereAR, checkpoint_state, config_to_dict
+from sample_ddp import decode, encode, generate, load
 from tests.helpers.nano import stirred_nano
-from tests.helpers.sampling import calm_nano, load, sample_here, start, wait_for_first_shard, write_checkpoint
+from tests.helpers.sampling import (
+    calm_nano,
+    load_images,
+    sample_here,
+    start,
+    wait_for_first_shard,
+    write_checkpoint,
+)
 from utils import checkpoint_file
+from utils.files import sha256
 from utils.sampling import few_rows, shards
 from utils.sampling.draws import compiled_normals
 from utils.sampling.run_folder import key_of
@@ -56,7 +65,7 @@ def sample(ckpt, tmp_path, monkeypatch):
 
 def test_a_run_leaves_exactly_its_images(sample, capsys):
     code, folder = sample("run", "--num-fid-samples", 5, "--per-proc-batch-size", 2, "--to-npz", "--save-images", "png")
-    images, labels = load(folder)
+    images, labels = load_images(folder)
     assert code == 0
     assert images.shape == (5, 32, 32, 3) and images.dtype == np.uint8
     assert labels.tolist() == [1, 8, 3, 1, 8]
@@ -82,8 +91,8 @@ def test_a_run_leaves_exactly_its_images(sample, capsys):
 
 def test_the_batch_size_changes_nothing_but_rounding(sample):
     flags = "--num-fid-samples", 8, "--to-npz"
-    three, labels3 = load(sample("three", *flags, "--per-proc-batch-size", 3)[1])
-    eight, labels8 = load(sample("eight", *flags, "--per-proc-batch-size", 8)[1])
+    three, labels3 = load_images(sample("three", *flags, "--per-proc-batch-size", 3)[1])
+    eight, labels8 = load_images(sample("eight", *flags, "--per-proc-batch-size", 8)[1])
     assert (labels3 == labels8).all()
     assert np.abs(three.astype(int) - eight).max() <= 1
     assert (three == eight).mean() > 0.99
@@ -91,7 +100,7 @@ def test_the_batch_size_changes_nothing_but_rounding(sample):
 
 def test_the_released_conversion_to_bytes_is_asked_for(sample, capsys):
     ours, released = (
-        load(sample(name, "--num-fid-samples", 4, "--to-npz", *flags)[1])[0].astype(int)
+        load_images(sample(name, "--num-fid-samples", 4, "--to-npz", *flags)[1])[0].astype(int)
         for name, flags in (("ours", ()), ("released", ("--reference-uint8",)))
     )
     assert np.abs(released - ours).max() <= 1 and 0.05 < (released - ours).mean() < 0.6
@@ -126,6 +135,130 @@ def test_two_processes_give_the_bytes_of_one(ckpt, sample):
     assert json.loads((two / "samples.json").read_text())["processes"] == 2
 
 
+# ---- in Python -------------------------------------------------------------------------------------------------------
+
+FEW = SamplingSettings(cfg_scale=1.5, num_sampling_steps=3)  # as tests.helpers.sampling.BRIEF
+
+
+def real_images(count=3, size=32):
+    rng = np.random.default_rng(0)
+    return np.repeat(np.repeat(rng.integers(0, 256, (count, size // 8, size // 8, 3), np.uint8), 8, 1), 8, 2)
+
+
+def test_five_lines_of_python_give_the_commands_images(sample, ckpt):
+    images, labels = load_images(sample("run", "--num-fid-samples", 3, "--to-npz", "--global-seed", 7)[1])
+    model = load(ckpt)
+    assert (generate(model, [1, 8, 3], FEW, seed=7) == images).all() and labels.tolist() == [1, 8, 3]
+    assert (generate(model, torch.tensor(labels), FEW, seed=8) != images).any()
+    for wrong in (-1, 11):
+        with pytest.raises(ValueError, match="labels must lie in 0 to 10"):
+            generate(model, [wrong], FEW)
+
+
+def test_images_become_tokens_and_back(ckpt):
+    model, images = load(ckpt), real_images()
+    tokens = encode(model, images)
+    assert tokens.shape == (3, 16, 8) and torch.allclose(tokens.norm(dim=-1), torch.tensor(8**0.5))
+    assert torch.equal(tokens, models.encode(model, torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1))
+    again = decode(model, tokens)
+    assert again.dtype == np.uint8 and (again == decode(model.vae, encode(model.vae, images))).all()
+    for wrong in (images / 255, images[0]):
+        with pytest.raises(ValueError, match=r"images must be uint8 \(B, S, S, 3\)"):
+            encode(model, wrong)
+    with pytest.raises(FloatingPointError, match="image 1 has values that are not finite"):
+        decode(model, torch.cat([tokens[:1], tokens[1:] * torch.nan]))
+
+
+def test_importing_and_loading_changes_nothing_and_brings_nothing_slow(ckpt):
+    code = (
+        "import signal, sys\n"
+        "before = signal.getsignal(signal.SIGINT)\n"
+        "from sample_ddp import load, generate, encode, decode\n"
+        "load(sys.argv[1])\n"
+        "assert signal.getsignal(signal.SIGINT) is before\n"
+        "slow = {'torch._dynamo', 'torchvision', 'scipy', 'matplotlib', 'huggingface_hub', 'safetensors'}\n"
+        "assert not slow & sys.modules.keys(), slow & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, ckpt], cwd=Path(__file__).parents[1], check=True)
+
+
+# ---- completion ------------------------------------------------------------------------------------------------------
+
+
+def test_real_images_are_continued_from_their_first_tokens(sample, ckpt, tmp_path):
+    """All tokens kept is the reconstruction, none is plain sampling, some is what the API gives."""
+    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([1, 8, 3]))
+    model, tokens = load(ckpt), encode(load(ckpt), real_images())
+    plain = load_images(sample("plain", "--num-fid-samples", 3, "--to-npz")[1])[0]
+
+    def completed(name, keep, *flags):
+        code, folder = sample(name, "--init-images", tmp_path / "real.npz", "--keep-tokens", keep, "--to-npz", *flags)
+        assert code == 0
+        return load_images(folder)
+
+    assert (completed("all", 16)[0] == decode(model, tokens)).all()
+    assert (completed("none", 0)[0] == plain).all()
+    images, labels = completed("some", 6)
+    assert (images == generate(model, [1, 8, 3], FEW, prompt=tokens[:, :6])).all() and labels.tolist() == [1, 8, 3]
+    assert (images != plain).any() and (images != decode(model, tokens)).any()
+    twice, labels = completed("twice", 6, "--num-fid-samples", 5, "--per-proc-batch-size", 3)
+    assert (twice[:3] == images).all() and labels.tolist() == [1, 8, 3, 1, 8]
+    assert (twice[3] != twice[0]).any()  # the same beginning, other noise
+    settings = json.loads((tmp_path / "some" / "run.json").read_text())
+    assert settings["--keep-tokens"] == 6 and settings["--init-images sha256"] == sha256(tmp_path / "real.npz")
+
+
+def test_a_folder_of_pngs_has_no_labels_and_gets_those_asked_for(sample, tmp_path):
+    (tmp_path / "png").mkdir()
+    for i, image in enumerate(real_images()):
+        Image.fromarray(image).save(tmp_path / "png" / f"{i}.png")
+    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([5, 5, 5]))
+    results = [
+        load_images(sample(f"from-{name}", "--init-images", tmp_path / name, "--keep-tokens", 6, "--to-npz")[1])
+        for name in ("png", "real.npz")
+    ]
+    assert (results[0][0] == results[1][0]).all() and results[0][1].tolist() == results[1][1].tolist() == [1, 8, 3]
+
+
+@pytest.mark.parametrize(
+    "size, flags, message",
+    [
+        (32, ["--keep-tokens", "4"], "--init-images and --keep-tokens: give both"),
+        (32, ["--init-images", "real.npz"], "--init-images and --keep-tokens: give both"),
+        (32, ["--init-images", "real.npz", "--keep-tokens", "17"], "--keep-tokens 17: an image has 16 tokens"),
+        (40, ["--init-images", "real.npz", "--keep-tokens", "4"], "has 3 images of 40 x 40; the model's are 32 x 32"),
+        (32, ["--init-images", "none.npz", "--keep-tokens", "4"], "none.npz: there is no such file"),
+        (0, ["--init-images", "real.npz", "--keep-tokens", "4"], "its labels must lie in 0 to 9"),
+    ],
+)
+def test_images_that_cannot_be_continued_are_one_clear_line(sample, tmp_path, capsys, size, flags, message):
+    np.savez(tmp_path / "real.npz", arr_0=real_images(size=size or 32), arr_1=np.array([1, 2, 3 if size else 10]))
+    assert sample("run", *flags)[0] == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0] and not (tmp_path / "run" / "shards").exists()
+
+
+# ---- names that users of the released scripts type ------------------------------------------------------------------
+
+
+def test_released_names_of_flags_mean_the_same(sample, tmp_path):
+    ours = load_images(sample("a", "--num-fid-samples", 2, "--to-npz", "--global-seed", 5)[1])[0]
+    theirs = load_images(sample("b", "--num-fid-samples", 2, "--to-npz", "--seed", 5, "--sample-steps", 3)[1])[0]
+    assert (ours == theirs).all()
+    assert (tmp_path / "a" / "run.json").read_text() == (tmp_path / "b" / "run.json").read_text()
+
+
+def test_the_raw_weights_are_sampled_only_when_asked_for(sample, ckpt, tmp_path):
+    averaged = {name: value * 1.1 for name, value in checkpoint_state(calm_nano()).items()}
+    both = write_checkpoint(tmp_path / "both.pt", ema=averaged)
+    raw = load_images(sample("raw", "--num-fid-samples", 2, "--to-npz")[1])[0]
+    images = load_images(sample("no-ema", "--num-fid-samples", 2, "--to-npz", "--ckpt", both, "--no-ema")[1])[0]
+    default = load_images(sample("ema", "--num-fid-samples", 2, "--to-npz", "--ckpt", both)[1])[0]
+    assert (images == raw).all() and (default != raw).any()
+    assert json.loads((tmp_path / "no-ema" / "run.json").read_text())["--no-ema"] is True
+    assert "--no-ema" not in json.loads((tmp_path / "ema" / "run.json").read_text())
+
+
 # ---- never lost ------------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +284,7 @@ def test_killed_and_resumed_gives_the_bytes_of_an_unbroken_run(ckpt, sample):
 
 def test_resumes_with_another_batch_size(sample, monkeypatch):
     flags = "--num-fid-samples", 7, "--to-npz"
-    unbroken, labels = load(sample("unbroken", *flags)[1])
+    unbroken, labels = load_images(sample("unbroken", *flags)[1])
 
     write = shards.atomic_file
 
@@ -165,7 +298,7 @@ def test_resumes_with_another_batch_size(sample, monkeypatch):
         assert sample("broken", *flags, "--per-proc-batch-size", 3)[0] == 1
     code, folder = sample("broken", *flags, "--per-proc-batch-size", 5)
     assert code == 0
-    images, same = load(folder)
+    images, same = load_images(folder)
     assert (same == labels).all() and np.abs(images.astype(int) - unbroken).max() <= 1
 
 
@@ -276,7 +409,7 @@ def test_a_disk_that_is_full_costs_nothing_that_was_finished(ckpt, sample, tmp_p
         assert len(list((disk / "run" / "shards").glob("*.npy"))) > 10 and not list(disk.rglob(".*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
         code, folder = sample("disk/run", *flags)
-        assert code == 0 and load(folder)[0].shape == (400, 32, 32, 3)
+        assert code == 0 and load_images(folder)[0].shape == (400, 32, 32, 3)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -378,7 +511,7 @@ def test_checkpoints_of_other_dtypes_are_sampled_from_in_float32(sample, tmp_pat
     write_checkpoint(tmp_path / "other.pt", model=other)
     write_checkpoint(tmp_path / "float32.pt", model={name: value.float() for name, value in other.items()})
     flags = "--num-fid-samples", 2, "--to-npz", "--mixed-precision", precision, "--ckpt"
-    images = [load(sample(name, *flags, tmp_path / f"{name}.pt")[1])[0] for name in ("other", "float32")]
+    images = [load_images(sample(name, *flags, tmp_path / f"{name}.pt")[1])[0] for name in ("other", "float32")]
     assert (images[0] == images[1]).all()
 
 
@@ -393,7 +526,7 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(sample, capsys):
     assert "--global-seed: 0 there, 3 now" in message and "--sampler: sde there, ode now" in message
     assert "--cfg-scale" not in message
     code, folder = sample("run", "--num-fid-samples", 2, "--to-npz", "--per-proc-batch-size", 1)  # no such setting
-    assert code == 0 and load(folder)[0].shape == (2, 32, 32, 3)
+    assert code == 0 and load_images(folder)[0].shape == (2, 32, 32, 3)
 
 
 def test_a_run_without_images_gives_way(sample, monkeypatch):
@@ -424,14 +557,17 @@ def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
         (["--class-ids", "dog"], "--class-ids: dog must be numbers"),
         (["--num-fid-samples", "0"], "--num-fid-samples: 0 must lie in [1, 10000000]"),
         (["--per-proc-batch-size", "0"], "--per-proc-batch-size: 0 must be at least 1"),
-        (["--global-seed", "-1"], "--global-seed: -1 must lie in 0 to 2^64 - 1"),
+        (["--global-seed", "-1"], "--global-seed/--seed: -1 must lie in 0 to 2^64 - 1"),
         (["--model", "SphereAR-B"], "--model SphereAR-B does not fit"),
         (["--ckpt", "missing.pt"], "missing.pt: no such checkpoint"),
         (["--ckpt", __file__], "not a readable checkpoint"),
         (["--num-fid-samples", "99999999999"], "--num-fid-samples: 99999999999 must lie in [1, 10000000]"),
-        (["--num-sampling-steps", "1000000000"], "--num-sampling-steps: 1000000000 must lie in [1, 10000]"),
+        (
+            ["--num-sampling-steps", "1000000000"],
+            "/--sample-steps: 1000000000 must lie in [1, 10000]",
+        ),
         (["--labels", "balanced"], "--labels: not allowed with argument --class-ids"),
-        (["--global-seed", str(2**64)], f"--global-seed: {2**64} must lie in 0 to 2^64 - 1"),
+        (["--global-seed", str(2**64)], f"--global-seed/--seed: {2**64} must lie in 0 to 2^64 - 1"),
         (["--sample-dir", __file__], "test_sample_ddp.py"),
     ],
 )
@@ -484,7 +620,7 @@ def test_pixels_that_are_not_finite_become_no_images(sample, monkeypatch, capsys
             yield part
 
     monkeypatch.setattr(models, "decode", broken)
-    monkeypatch.setattr("models.generation.DECODE_PIXELS", {"cpu": 2 * 32 * 32})
+    monkeypatch.setattr("models.generation.PIXELS_AT_ONCE", {"cpu": 2 * 32 * 32})
     code, folder = sample("run", "--num-fid-samples", 3)
     assert code == 1 and not list((folder / "shards").iterdir())
     assert "image 1 has values that are not finite" in capsys.readouterr().err
@@ -496,7 +632,7 @@ def test_pixels_that_are_not_finite_become_no_images(sample, monkeypatch, capsys
 def brief(sample, folder, *flags):
     code, folder = sample(folder, "--num-fid-samples", 5, "--per-proc-batch-size", 3, "--to-npz", *flags)
     assert code == 0
-    return load(folder)[0].astype(int)
+    return load_images(folder)[0].astype(int)
 
 
 def test_the_script_compiles_once_and_fills_up_the_last_batch(sample, monkeypatch):

@@ -60,7 +60,8 @@ def test_cached_decoding_equals_the_full_pass(nano, static):
     assert torch.allclose(torch.stack(conditions, dim=1), expected, atol=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_changes_nothing(monkeypatch):
+    monkeypatch.setattr(torch, "get_rng_state", None)  # nothing draws inside: no state is kept for every block
     torch.manual_seed(0)
     model = SphereAR(NANO)
     for value in model.head.parameters():

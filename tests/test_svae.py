@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models import SVAE, SVAEConfig, project_to_sphere, stem_channels_for
+from models.posteriors import Draws
 from tests.helpers.nano import NANO
 
 
@@ -95,3 +96,18 @@ def test_flat_latents_are_shifted_and_scaled_for_the_ar_model_and_back_for_the_d
 def test_contradictions_of_posterior_and_projection_are_refused(bad, word):
     with pytest.raises(ValueError, match=word):
         replace(NANO.svae, **bad)
+
+
+def test_gradient_checkpointing_changes_nothing(monkeypatch):
+    monkeypatch.setattr(torch, "get_rng_state", None)  # nothing draws inside: no state is kept for every block
+    torch.manual_seed(0)
+    svae, images = SVAE(NANO.svae), torch.rand(2, 3, 32, 32) * 2 - 1
+    draws = Draws(torch.randn(2, 16, 18), torch.rand(2, 16, 4))
+    gradients = []
+    for flag in (False, True):
+        svae.encoder.grad_checkpointing = svae.decoder.grad_checkpointing = flag
+        svae.zero_grad()
+        svae.train()(images, draws)[0].square().mean().backward()
+        gradients.append(svae.encoder.conv_in.weight.grad.clone())
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)

@@ -70,6 +70,12 @@ def test_a_run_leaves_a_model_that_loads(command, tmp_path, capsys):
     assert list((tmp_path / "run/tensorboard").iterdir())
 
 
+def test_no_epoch_is_kept_and_no_average_made_where_they_are_turned_off(ar, tmp_path):
+    state = run_here(*ar("run", "--max-steps", STEPS_PER_EPOCH + 2, "--keep-freq", 0, "--ema", -1))
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert "ema" not in state and not any("epoch" in name for name in names)
+
+
 def test_resume_is_bit_identical(command):
     """Interrupted in an epoch, at its end, and in the next: nothing shows it."""
     steps = STEPS_PER_EPOCH + 3

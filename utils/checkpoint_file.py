@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from utils import hub, safetensors_file
 from utils.files import atomic_file, mistaken, sha256
 
 T = TypeVar("T")
@@ -25,10 +26,14 @@ def read(path: str | Path, *, verify: bool = False) -> dict:
     """The dict in a checkpoint file; tensors lie on the CPU, in the file itself until they are used (mmap).
 
     Holds tensors, plain values and Namespaces only: nothing in the file is executed. `verify` first holds every byte
-    against its checksum. Raises ValueError that names the file and what is wrong, whatever the damage.
+    against its checksum. Raises ValueError that names the file and what is wrong, whatever the damage. The path may be
+    an address of the hub (utils.hub), the file a .safetensors.
     """
+    path = hub.local(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: is no file")
+    if os.path.exists(path) and safetensors_file.is_safetensors(path):
+        return safetensors_file.read(path, verify=verify)
     try:
         if _is_zip(path):
             with zipfile.ZipFile(path) as archive:
@@ -80,23 +85,24 @@ def load(path: str | Path, build: Callable[[dict], T]) -> T:
 class Examined(NamedTuple):
     """A checkpoint file that was read to its last byte."""
 
-    path: str  # of the file itself: a link to it may move on
+    path: str  # of the file itself: a link to it may move on; or its address in the hub
     sha256: str
     stamp: tuple[int, ...]
 
 
 def examine(path: str | Path) -> Examined:
     """Hold every byte of a checkpoint against its checksum. Raises ValueError as `read` does."""
-    path = os.path.realpath(path)
-    stamp = _stamp(path) if os.path.exists(path) else ()
-    read(path, verify=True)
-    return Examined(path, sha256(path), stamp)
+    file = os.path.realpath(hub.local(path))
+    stamp = _stamp(file) if os.path.exists(file) else ()
+    read(file, verify=True)
+    return Examined(str(path) if hub.is_address(path) else file, sha256(file), stamp)
 
 
 def load_examined(file: Examined, build: Callable[[dict], T]) -> T:
     """As `load`, on any process: ValueError where this is not, or no longer, the file that was examined."""
-    built = load(file.path, build)
-    if _stamp(file.path) != file.stamp and sha256(file.path) != file.sha256:  # copies are welcome
+    path = hub.local(file.path)
+    built = load(path, build)
+    if _stamp(path) != file.stamp and sha256(path) != file.sha256:  # copies are welcome
         raise ValueError(f"{file.path}: is being written, or is another file here than on process 0; run again")
     return built
 

@@ -60,7 +60,7 @@ def wait_for_first_shard(folder: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def load_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a run's .npz."""
     with np.load(folder / "samples.npz", allow_pickle=False) as archive:
         return archive["arr_0"], archive["arr_1"]

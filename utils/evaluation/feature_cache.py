@@ -45,7 +45,9 @@ def load_features(images: Path, key: dict, names: set[str]) -> tuple[Features, s
             if record["key"] != {"version": VERSION, **key}:
                 return None
             arrays = {name: archive[name] for name in names}
-            return Features(torch.from_numpy(arrays.pop("pool")), arrays), record["sha256"]
+            pool, spatial = torch.from_numpy(arrays.pop("pool")), arrays.pop("spatial", None)
+            spatial = None if spatial is None else torch.from_numpy(spatial)
+            return Features(pool, arrays, spatial), record["sha256"]
     except NPZ_FAULTS:
         return None
 
@@ -60,6 +62,8 @@ def save_features(images: Path, key: dict, features: Features, sha256: str) -> N
         raise FileExistsError(errno.EEXIST, "exists and is no feature cache", str(path))
     record = json.dumps({"key": {"version": VERSION, **key}, "sha256": sha256}).encode()
     arrays = {"pool": features.pool.cpu().numpy(), **features.statistics}
+    if features.spatial is not None:
+        arrays["spatial"] = features.spatial.cpu().numpy()
     with atomic_file(path) as file:
         np.savez(file, record=np.frombuffer(record, np.uint8), **arrays)
 

@@ -6,7 +6,9 @@ Letters: B images · P tokens · C latent channels · M flow times per token.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor
 
 from utils.noise import Purpose, normals, uniforms
@@ -14,11 +16,13 @@ from utils.noise import Purpose, normals, uniforms
 
 @dataclass(frozen=True)
 class StepDraws:
-    """The draws of the images `index` (B,), on its device, at update `step` (from 0)."""
+    """The draws of the images `index` (B,), on its device, at update `step` (from 0); `compiled`: a kernel or two each,
+    where there are 140 otherwise."""
 
     seed: int
     step: int
     index: Tensor
+    compiled: bool = False
 
     def posterior(self, num_tokens: int, num_normals: int, num_uniforms: int) -> tuple[Tensor, Tensor]:
         """Normals (B, P, num_normals) and uniforms (B, P, num_uniforms) of the S-VAE's posterior."""
@@ -41,5 +45,13 @@ class StepDraws:
 
     def _draw(self, draw: Callable, purpose: Purpose, *shape: int) -> Tensor:
         """Numbers of a purpose, (B, *shape)."""
-        address = dict(seed=self.seed, purpose=purpose, index=self.index, step=self.step)
+        step = self.step
+        if self.compiled:
+            draw, step = _compiled(draw), torch.full((), step, device=self.index.device)  # an int: compiled every step
+        address = dict(seed=self.seed, purpose=purpose, index=self.index, step=step)
         return draw(**address, count=math.prod(shape), device=self.index.device).unflatten(-1, shape)
+
+
+@cache
+def _compiled(draw: Callable) -> Callable:
+    return torch.compile(draw, dynamic=False)

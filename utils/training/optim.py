@@ -82,14 +82,14 @@ def update(
     max_grad_norm: float,
     scaler: torch.amp.GradScaler | None = None,
 ) -> torch.Tensor:
-    """Clip, then update unless the gradient is not finite; return its norm before clipping (0-dim, on the device).
+    """Clip (to 0: not), then update unless the gradient is not finite; its norm before, 0-dim, on the device.
 
     The decision stays on the device: fused AdamW leaves weights and state as they are where `found_inf` is 1, the
     interface that GradScaler uses. `scaler`: what the loss was scaled by (fp16), None where it was not.
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf)
     if scaler is None:
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
         optimizer.step()

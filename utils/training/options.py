@@ -71,7 +71,7 @@ def parse_args(
     add("--patch-size", type=int, choices=[4, 8, 16, 32], help="side of a token in pixels [the model's]")
     add("--latent-dim", type=within(2, MAX_SIZE), help="dimension of a token [the model's]")
     add("--posterior", choices=posteriors, help="the S-VAE's law of latents; with --trained-vae, its own [the model's]")
-    add("--sigma", type=above(0), help="S-VAE: deviation of the posterior fixed-sigma")
+    add("--sigma", type=above(0), help="S-VAE: deviation of the posterior fixed-sigma, mean size of random-sigma's")
     add("--projection", choices=projections, help="of latents onto the sphere: for decoder and AR model, for the "
         "decoder only, or not [all; none for posteriors that are not spherical]")  # fmt: skip
     add("--num-classes", type=within(1, MAX_SIZE), help="classes in the data [the model's]")
@@ -96,11 +96,16 @@ def parse_args(
     add("--weight-decay", type=at_least(0.0), default=0.05, help="[%(default)s]")
     add("--beta1", type=within(0.0, 1.0, open_end=True), default=0.9, help="[%(default)s]")
     add("--beta2", type=within(0.0, 1.0, open_end=True), default=0.95, help="[%(default)s]")
-    add("--max-grad-norm", type=above(0), default=1.0, help="gradients are clipped to this norm [%(default)s]")
+    add(
+        "--max-grad-norm",
+        type=at_least(0.0),
+        default=1.0,
+        help="gradients are clipped to it; 0: not [%(default)s]",
+    )
     add(
         "--ema",
-        type=within(0.0, 1.0, open_end=True),
-        help="decay of the weights' moving average; 0: none [0 with --vae-only, else 0.9999]",
+        type=number(float, lambda value: 0 <= value < 1 or value == -1, "lie in [0, 1), or be -1 for none"),
+        help="decay of the weights' moving average; 0 or -1: none [0 with --vae-only, else 0.9999]",
     )
     add(
         "--max-skipped-steps",
@@ -132,7 +137,7 @@ def parse_args(
     )
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile [on GPUs only]")
     add("--grad-checkpointing", action="store_true", help="recompute activations: less memory, about 30 %% more time")
-    add("--global-seed", type=SEED, default=0, help="[%(default)s]")
+    add("--global-seed", "--seed", type=SEED, default=0, help="[%(default)s]")
     add("--log-every", type=at_least(1), default=100, help="steps between log lines [%(default)s]")
     add(
         "--save-every",
@@ -141,12 +146,13 @@ def parse_args(
         help="steps between checkpoints, and at every epoch's end [5000]",
     )
     add(
-        "--keep-freq", type=at_least(1), default=50, help="keep every so many epochs' checkpoint for good [%(default)s]"
+        "--keep-freq", type=at_least(0), default=50, help="keep every so many epochs' checkpoint for good; 0: none [50]"
     )
     add("--sample-every", type=at_least(0), default=5000, help="steps between images in TensorBoard; 0: none [5000]")
     args = parser.parse_args(argv)
 
     fill_in_recipe(args)
+    args.ema = max(0.0, args.ema)
     check_together(args)
     return args
 
