@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from utils import distributed, provenance, script
-from utils.evaluation import metrics, results
+from utils.evaluation import inception_weights, metrics, results
 from utils.evaluation.batches import Batches
 from utils.evaluation.extraction import Evaluated, Extraction, Settings, choose_workers
 from utils.evaluation.features import exact_arithmetic, hand_back_memory
@@ -139,6 +139,8 @@ def measure(
             )
         if resamples and counted:
             metrics.check_halves(samples.count)
+    weights = distributed.from_main(lambda: inception_weights.find_weights(settings.inception))
+    settings = settings._replace(inception=str(weights))  # found before anything is said about the images
     batch_size = settings.batch_size or (2 if device.type == "cpu" else 64)
     if counted:
         batch_size = min(batch_size, max(reference.count, samples.count))

@@ -239,6 +239,7 @@ def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: s
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
     if isinstance(args.num_sampling_steps, tuple):
         settings["--num-sampling-steps"] = ":".join(map(str, args.num_sampling_steps))
+    settings |= {} if args.class_ids is None else {"--labels": None}
     if init is not None:
         settings["--init-images sha256"] = init.sha256()
     return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
@@ -333,8 +334,8 @@ def sample_batches(
                     tokens = sample(*on_device, prompt, observe)
                     pixels = decode(model, tokens, first=start, dtype=dtype)[: stop - start]
             except FloatingPointError as error:
-                remedy = "use --mixed-precision none or another checkpoint"
-                raise FloatingPointError(f"--ckpt {args.ckpt}: {error}; {remedy}") from None
+                remedy = "" if args.mixed_precision == "none" else "--mixed-precision none or "
+                raise FloatingPointError(f"--ckpt {args.ckpt}: {error}; use {remedy}another checkpoint") from None
             writer.call(write_batch, args, start, pixels, key)
 
 

@@ -39,7 +39,7 @@ from utils.images import to_float
 from utils.provenance import provenance, versions
 from utils.sampling.draws import image_noise, make_labels
 from utils.training import evaluation, report_page
-from utils.training.checkpoints import CheckpointFolder, Entry
+from utils.training.checkpoints import CheckpointFolder, Entry, read_back
 from utils.training.compilation import compile_ar, compile_svae
 from utils.training.draws import StepDraws
 from utils.training.ema import EMA
@@ -263,7 +263,8 @@ class ARStage(Stage):
 
     def check_continues(self, state: dict) -> None:
         for name, value in self.model.vae.state_dict().items():
-            if not torch.equal(value.cpu(), state["model"][f"vae.{name}"]):
+            theirs = state["model"].get(f"vae.{name}")
+            if not isinstance(theirs, Tensor) or not torch.equal(value.cpu(), theirs):
                 raise ValueError(
                     f"--trained-vae {self.args.trained_vae}: other weights than those that the run in --results-dir "
                     f"{self.args.results_dir} is trained on; name that S-VAE, or another --results-dir"
@@ -331,15 +332,12 @@ def restore(checkpoints: CheckpointFolder, stage: Stage, entries: dict[str, Entr
     if path is None:
         return
     with distributed.all_or_none():
-        state = checkpoint_file.read(path)
-        config_before = config_to_dict(config_from_dict(state["config"]))  # with fields that it did not have then
-        notes = check_same_run(path, state["args"], args, config_before, config_to_dict(stage.model.config))
+        state, config_before = checkpoint_file.load(path, lambda state: (state, config_from_dict(state["config"])))
+        # with fields that it did not have then
+        configs = config_to_dict(config_before), config_to_dict(stage.model.config)
+        notes = check_same_run(path, state["args"], args, *configs)
         stage.check_continues(state)
-        needed = {name: entry.read for name, entry in entries.items() if entry.read is not None}
-        if missing := sorted(needed.keys() - state.keys()):
-            raise ValueError(f"{path}: lacks {', '.join(missing)}; move it away to continue from the one before")
-        for name, read in needed.items():
-            read(state[name])
+        read_back(entries, state, path)
     distributed.from_main(lambda: checkpoints.continue_from(path))
     for note in notes:
         distributed.print0(note)
@@ -458,7 +456,7 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
         stopped = preemption.requested()
         step, ends_epoch, is_end = progress.step, progress.step_in_epoch == 0, progress.is_done or stopped
         if step % args.log_every == 0 or is_end:
-            stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
+            stop_if_broken(tracker, checkpoints, args.max_skipped_steps, args.mixed_precision)
             tracker.log(lr)
         if args.sample_every and step % args.sample_every == 0:
             with tracker.pause(), with_average() as model:
@@ -466,9 +464,10 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
         if progress.is_done:
             stage.finish(with_average, data, step, tracker.print)
         if step % args.save_every == 0 or ends_epoch or is_end:
-            skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
+            skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps, args.mixed_precision)
             if not stage.has_finite_weights():
-                stop(checkpoints, f"weights are not finite after step {step}, though their gradients were")
+                what = f"weights are not finite after step {step}, though their gradients were"
+                stop(checkpoints, what, args.mixed_precision)
             kept = ends_epoch and bool(args.keep_freq) and progress.epoch % args.keep_freq == 0
             if distributed.is_main() and (is_end or kept or not skipping):
                 save(progress.epoch if kept else None)
@@ -498,7 +497,7 @@ def main(argv: list[str] | None = None) -> int:
     return script.run(
         "train.py", parse, body, argv,
         when_stopped="the same command continues from the last checkpoint, if there is one",
-        out_of_memory="Raise --grad-accum-steps (same update, less memory), or add --grad-checkpointing.",
+        out_of_memory="Raise --grad-accum-steps (same update, less memory), add --grad-checkpointing, or take less.",
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from dataset.imagenet import MAX_BAD_SHARE, CropKey, ImageDataset, Sample
 
 PREFETCH_BATCHES = 4  # per worker
 NOTHING = np.empty(0, int)
+MAX_WORKERS = 1024
 WORKER_DIED = "DataLoader worker (pid", "Pin memory thread exited"  # how torch's RuntimeErrors about that begin
 
 

@@ -314,7 +314,7 @@ def test_resumes_with_another_batch_size(sample, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "atomic_file", full)
-        assert sample("broken", *flags, "--per-proc-batch-size", 3)[0] == 2
+        assert sample("broken", *flags, "--per-proc-batch-size", 3)[0] == 1
     code, folder = sample("broken", *flags, "--per-proc-batch-size", 5)
     assert code == 0
     images, same = load_images(folder)
@@ -423,7 +423,7 @@ def test_a_disk_that_is_full_costs_nothing_that_was_finished(ckpt, sample, tmp_p
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("may not mount a tmpfs")
     try:
-        assert sample("disk/run", *flags)[0] == 2
+        assert sample("disk/run", *flags)[0] == 1
         assert "No space left on device" in capsys.readouterr().err
         assert len(list((disk / "run" / "shards").glob("*.npy"))) > 10 and not list(disk.rglob(".*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
@@ -614,7 +614,7 @@ def test_a_full_disk_damages_nothing(sample, monkeypatch, capsys):
 
     monkeypatch.setattr("utils.sampling.shards.np.lib.format.write_array_header_1_0", full)
     code, folder = sample("run", "--num-fid-samples", 2)
-    assert code == 2 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert code == 1 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert not list((folder / "shards").iterdir())
 
 
@@ -629,7 +629,9 @@ def test_values_that_are_not_finite_become_no_images(sample, monkeypatch, capsys
     code, folder = sample("run", "--num-fid-samples", 3)
     message = capsys.readouterr().err.splitlines()[-1]
     assert code == 1 and not list((folder / "shards").iterdir())
-    assert "nano.pt: image 1 has values that are not finite; use --mixed-precision none" in message
+    assert message.endswith("nano.pt: image 1 has values that are not finite; use another checkpoint")
+    assert sample("run", "--num-fid-samples", 3, "--mixed-precision", "bf16")[0] == 1
+    assert "use --mixed-precision none or another checkpoint" in capsys.readouterr().err
 
 
 def test_pixels_that_are_not_finite_become_no_images(sample, monkeypatch, capsys):
@@ -703,3 +705,8 @@ def test_cuda_graphs_need_a_gpu_and_are_no_part_of_compile(sample, capsys):
     assert "--cuda-graphs: needs a GPU; leave it out" in capsys.readouterr().err
     code, folder = sample("run", "--num-fid-samples", 1, "--no-cuda-graphs", "--no-compile")
     assert code == 0 and json.loads((folder / "samples.json").read_text())["cuda_graphs"] is False
+
+
+def test_the_receipt_names_labels_or_classes(sample, ckpt, capsys):
+    settings = json.loads((sample("run", "--num-fid-samples", 1)[1] / "samples.json").read_text())["settings"]
+    assert settings["--labels"] is None and settings["--class-ids"] == [1, 8, 3]

@@ -1,8 +1,8 @@
 """From images to what is known of them: which network, which settings, the cache beside a file, its checksum."""
 
 import threading
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -127,7 +127,7 @@ class Extraction:
             batches, count, length = file, None, self.batch_size * -(-BATCHES_AT_ONCE // self.batch_size)
         else:
             count, length = file.count, self.batch_size * -(-file.count // (self.batch_size * PARTS))
-            batches = read_parts(file, length, at_once=4 * self.workers * self.batch_size)
+            batches = while_good(read_parts(file, length, at_once=4 * self.workers * self.batch_size), checksum)
         features = self.extract(batches, count, length, str(file.path), keep_spatial)
         file.close()
         return features, distributed.from_main(lambda: checksum.result())
@@ -140,6 +140,14 @@ class Extraction:
             batches, self._extractor, count, length, name=name, half=self.settings.half, to_logits=self.to_logits,
             keep_spatial=keep_spatial, shows=self.shows,
         )  # fmt: skip
+
+
+def while_good(batches: Iterable[np.ndarray], checksum: Future | None) -> Iterator[np.ndarray]:
+    """The batches, until the checksum that is made meanwhile finds the file damaged: then its ValueError."""
+    for batch in batches:
+        if checksum is not None and checksum.done():
+            checksum.result()
+        yield batch
 
 
 def load_network(

@@ -31,6 +31,7 @@ DEPENDENT: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
 }
 MIN_LR = 1e-5
 EVAL_SAMPLES = 5000  # MIND's authors find as many as telling as FID of 50,000
+MAX_SIZE = 2**20  # of an architecture's numbers
 
 # Flags that may differ when a run is resumed, and those of them whose change is told. All others must be as they were;
 # those of the architecture are not compared themselves, but the architecture that comes of them.
@@ -40,6 +41,7 @@ ARCHITECTURE = {
     "diff_batch_mul",
 }  # fmt: skip
 SHOWN = {"num_pictures": "the number of images"}  # names that checkpoints keep, as people read them
+ALWAYS = {"model", "vae_only", "global_batch_size", "global_seed"}  # in every run's command line
 MEASURED = {"latent_shift", "latent_scale", "svae.latent_shift", "svae.latent_scale"}  # follow from the weights
 FREE = TOLD | ARCHITECTURE | {
     "data_path", "results_dir", "trained_vae", "vgg_weights", "epochs", "max_steps", "grad_accum_steps", "num_workers",
@@ -72,17 +74,17 @@ def parse_args(
     add("--model", default="SphereAR-L", choices=models, help="size; with --vae-only, whose S-VAE [%(default)s]")
     add("--vae-only", action="store_true", help="train the S-VAE instead of the AR model")
     add("--trained-vae", metavar="FILE", help="AR: the S-VAE's checkpoint; it decides image size, patch and latent dim")
-    add("--image-size", type=at_least(1), help="side of the images in pixels [the model's]")
+    add("--image-size", type=within(1, 2**13), help="side of the images in pixels [the model's]")
     add("--patch-size", type=int, choices=[4, 8, 16, 32], help="side of a token in pixels [the model's]")
-    add("--latent-dim", type=at_least(2), help="dimension of a token [the model's]")
+    add("--latent-dim", type=within(2, MAX_SIZE), help="dimension of a token [the model's]")
     add("--posterior", choices=posteriors, help="the S-VAE's law of latents; with --trained-vae, its own [the model's]")
     add("--sigma", type=above(0), help="S-VAE: deviation of the posterior fixed-sigma, mean size of random-sigma's")
     add("--projection", choices=projections, help="of latents onto the sphere: for decoder and AR model, for the "
         "decoder only, or not [all; none for posteriors that are not spherical]")  # fmt: skip
-    add("--num-classes", type=at_least(1), help="classes in the data [the model's]")
-    add("--cls-token-num", type=at_least(1), help="AR: class tokens in front [the model's]")
+    add("--num-classes", type=within(1, MAX_SIZE), help="classes in the data [the model's]")
+    add("--cls-token-num", type=within(1, MAX_SIZE), help="AR: class tokens in front [the model's]")
     add("--class-dropout", type=within(0.0, 1.0), help="AR: share of labels replaced by the null class [0.1]")
-    add("--diff-batch-mul", type=at_least(1), help="AR: flow times drawn per token [the model's, 4]")
+    add("--diff-batch-mul", type=within(1, MAX_SIZE), help="AR: flow times drawn per token [the model's, 4]")
 
     add("--epochs", type=at_least(1), help="[100 with --vae-only, else 400]")
     add("--max-steps", type=at_least(1), help="stop after so many updates, if that is before the epochs' end")
@@ -129,7 +131,12 @@ def parse_args(
     add("--aug-decay-start-epoch", type=at_least(0), default=350, help="random crops grow rare from here [%(default)s]")
     add("--aug-decay-end-epoch", type=at_least(0), default=375, help="from here centre crops remain [%(default)s]")
     add("--no-flip", action="store_true", help="no horizontal flips (digits, letters)")
-    add("--max-bad-share", type=at_least(0.0), default=0.001, help="unreadable images replaced before it is an error")
+    add(
+        "--max-bad-share",
+        type=within(0.0, 1.0),
+        default=0.001,
+        help="of unreadable images before it is an error [0.001]",
+    )
     add("--num-workers", type=within(0, 1024), default=8, help="loading processes per training process [%(default)s]")
 
     add(
@@ -272,7 +279,7 @@ def check_same_run(path: Path, args_before: argparse.Namespace, args: argparse.N
 
     Raises ValueError naming what differs where that makes it another run. A flag without effect here is not compared.
     """
-    if not isinstance(args_before, argparse.Namespace):
+    if not isinstance(args_before, argparse.Namespace) or not vars(args_before).keys() >= ALWAYS:
         raise ValueError(f"{path}: not a checkpoint of a run: its args are no command line's; move it away")
     before, now = {"held_out": 0, **vars(args_before)}, vars(args)  # checkpoints older than that flag lack it
     changed = {name: (old, now[name]) for name, old in before.items() if name in now and now[name] != old}

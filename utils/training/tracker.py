@@ -1,6 +1,7 @@
 """What a run reports: losses that stay on the device between log lines; log.txt, metrics.jsonl, TensorBoard, sheets."""
 
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -28,6 +29,16 @@ def summary_writer(folder: Path, step: int):
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=step)
+
+
+def without_tensorboards(print_error: Callable) -> Callable:
+    """threading.excepthook without the tracebacks of TensorBoard's thread, whose errors the writer raises again."""
+
+    def print_others(error: threading.ExceptHookArgs) -> None:
+        if type(error.thread).__module__.partition(".")[0] != "tensorboard":
+            print_error(error)
+
+    return print_others
 
 
 def add_to(totals: dict[str, torch.Tensor], share: float, **values: torch.Tensor) -> None:
@@ -77,6 +88,8 @@ class Tracker:
                     raise ValueError(f"{folder / 'log.txt'}: is a pipe; move it away")
                 self.metrics = MetricsFile(folder / NAME, step)
                 self.file = open(folder / "log.txt", "ab", buffering=0)  # noqa: SIM115
+        self.excepthook = threading.excepthook
+        threading.excepthook = without_tensorboards(self.excepthook)
         if self.file is not None:
             with self._tensorboard():
                 self.writer = summary_writer(folder / "tensorboard", step)
@@ -89,7 +102,7 @@ class Tracker:
         self.indices: list[torch.Tensor] = []  # this process's images in each of them
         self.finite: list[torch.Tensor] = []
         self.skipped_in_a_row = 0
-        self.logged = step
+        self.logged = self.started_at = step
         self.started = time.perf_counter()
 
     def add(self, metrics: dict[str, torch.Tensor], *, finite: torch.Tensor, indices: torch.Tensor) -> None:
@@ -212,5 +225,6 @@ class Tracker:
         with self._tensorboard():
             if self.writer is not None:
                 self.writer.close()
+        threading.excepthook = self.excepthook
         for file in filter(None, (self.file, self.metrics)):
             file.close()
