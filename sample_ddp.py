@@ -226,11 +226,9 @@ def open_init_images(args: argparse.Namespace, config: SphereARConfig) -> Images
 
 def labels_of(args: argparse.Namespace, config: SphereARConfig, init: Images | None) -> np.ndarray:
     """The class of every image: its own where it begins as one of --init-images that has one, else as asked for."""
-    if init is None or init.labels is None or args.class_ids:
-        return draws.make_labels(
-            args.labels, args.num_fid_samples, config.num_classes, args.global_seed, args.class_ids
-        )
-    return np.resize(init.labels.astype(np.int64), args.num_fid_samples)
+    if args.labels == "arr_1":
+        return np.resize(init.labels.astype(np.int64), args.num_fid_samples)
+    return draws.make_labels(args.labels, args.num_fid_samples, config.num_classes, args.global_seed, args.class_ids)
 
 
 def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: str, init: Images | None) -> dict:
@@ -241,6 +239,7 @@ def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: s
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
     if isinstance(args.num_sampling_steps, tuple):
         settings["--num-sampling-steps"] = ":".join(map(str, args.num_sampling_steps))
+    settings |= {} if args.class_ids is None else {"--labels": None}
     if init is not None:
         settings["--init-images sha256"] = init.sha256()
     return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
@@ -335,8 +334,8 @@ def sample_batches(
                     tokens = sample(*on_device, prompt, observe)
                     pixels = decode(model, tokens, first=start, dtype=dtype)[: stop - start]
             except FloatingPointError as error:
-                remedy = "use --mixed-precision none or another checkpoint"
-                raise FloatingPointError(f"--ckpt {args.ckpt}: {error}; {remedy}") from None
+                remedy = "" if args.mixed_precision == "none" else "--mixed-precision none or "
+                raise FloatingPointError(f"--ckpt {args.ckpt}: {error}; use {remedy}another checkpoint") from None
             writer.call(write_batch, args, start, pixels, key)
 
 
@@ -425,6 +424,7 @@ def run(args: argparse.Namespace) -> int:
         config, size = model.config, model.config.svae.image_size
         init = open_init_images(args, config) if args.init_images else None
         args.num_fid_samples = args.num_fid_samples or (NUM_SAMPLES if init is None else init.count)
+        args.labels = "arr_1" if init is not None and init.labels is not None and not args.class_ids else args.labels
         labels = labels_of(args, config, init)
     if args.mixed_precision == "bf16":
         graphs.cast_weights(model, torch.bfloat16)
