@@ -130,6 +130,14 @@ class Judge:
         return float((self.classifier.predict(_as_vectors(images)) == asked).mean())
 
 
+def fit_judge(data_path: str | Path, image_size: int) -> Judge:
+    """A `Judge` of all images of a tar or folder, cropped to image_size."""
+    data = ImageDataset(open_source(data_path), image_size, seed=0)
+    real = [data[i] for i in range(len(data))]
+    images = np.stack([sample.image.permute(1, 2, 0).numpy() for sample in real])
+    return Judge(images, np.array([sample.label for sample in real]))
+
+
 def class_agreement(data_path: str | Path, samples: str | Path) -> float:
     """Share of samples that a `Judge` of the real images labels as they were asked for.
 
@@ -147,11 +155,7 @@ def class_agreement(data_path: str | Path, samples: str | Path) -> float:
         raise ValueError(
             f"{samples}: needs uint8 images (N, S, S, 3) and N labels, has {generated.shape}, {asked.shape}"
         )
-    data = ImageDataset(open_source(data_path), image_size=generated.shape[1], seed=0)
-    real = [data[i] for i in range(len(data))]
-    images = np.stack([sample.image.permute(1, 2, 0).numpy() for sample in real])
-    judge = Judge(images, np.array([sample.label for sample in real]))
-    return judge.agreement(generated, asked)
+    return fit_judge(data_path, generated.shape[1]).agreement(generated, asked)
 
 
 def _as_vectors(images: np.ndarray) -> np.ndarray:

@@ -4,15 +4,15 @@ Letters: B images · P tokens · C latent channels · D width · N rows (2B with
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from models.flow import CFG_SCHEDULES, guidance_at
 from models.layers import KVCache
-from models.samplers import SAMPLERS, Sampler
+from models.samplers import SAMPLERS, Steps, steps_at
 from models.sphere import project_to_sphere
 from models.spherear import SphereAR
 from models.svae import PROJECTIONS, SVAE
@@ -28,7 +28,7 @@ class SamplingSettings:
     cfg_scale: float = 4.5
     cfg_schedule: str = "linear"
     sampler: str = "sde"
-    num_sampling_steps: int = 100
+    num_sampling_steps: Steps = 100
     last_step_size: float = 0.04
     projection: str | None = None  # None: as the model was trained; to see what the projection does, another
 
@@ -39,20 +39,30 @@ class SamplingSettings:
         for name, names in known.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(str, names))}")
-        if self.num_sampling_steps < 1:
+        if min(self._counts) < 1:
             raise ValueError(f"num_sampling_steps {self.num_sampling_steps} must be at least 1")
         if not 0 <= self.last_step_size < 1:
             raise ValueError(f"last_step_size {self.last_step_size} must lie in [0, 1)")
 
     @property
-    def times(self) -> list[float]:
-        """The times at which the head is evaluated for each token."""
-        return SAMPLERS[self.sampler].times(self.num_sampling_steps, self.last_step_size)
+    def _counts(self) -> tuple[int, ...]:
+        steps = self.num_sampling_steps
+        return (steps,) if isinstance(steps, int) else steps
+
+    def at(self, position: int, num_tokens: int) -> "SamplingSettings":
+        """The settings of one token: with a single number of steps."""
+        return replace(self, num_sampling_steps=steps_at(position, num_tokens, self.num_sampling_steps))
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The times at which the head is evaluated for a token; a token's own where steps are annealed: see `at`."""
+        assert isinstance(self.num_sampling_steps, int), "annealed steps: ask at(position, num_tokens).times"
+        return tuple(SAMPLERS[self.sampler].times(self.num_sampling_steps, self.last_step_size))
 
     @property
     def num_noise(self) -> int:
-        """Noise tensors per token: the start, and what the sampler's steps add."""
-        return SAMPLERS[self.sampler].num_noise(self.num_sampling_steps)
+        """Noise tensors per token: the start, and what the sampler's steps add; of annealed steps, the most."""
+        return SAMPLERS[self.sampler].num_noise(max(self._counts))
 
 
 @dataclass(frozen=True)
@@ -61,14 +71,13 @@ class Phases:
 
     new_cache: Callable[[int, torch.dtype, torch.device], KVCache]  # rows -> an empty cache
     prefill: Callable[[Tensor, KVCache], Tensor]  # labels (N,) -> condition (N, D) of token 0
-    sample_token: Callable[..., Tensor]  # (condition, noise, time_embedding, scale or None) -> raw tokens (·, C)
+    sample_token: Callable[..., Tensor]  # (condition, noise, time_embedding, scale or None, times=) -> raw (·, C)
     decode_step: Callable[[Tensor, int, KVCache], Tensor]  # tokens (N, C), position -> condition of the next token
 
     @classmethod
-    def of(cls, model: SphereAR, settings: SamplingSettings, sampler: Sampler | None = None) -> "Phases":
-        """The model's own. `sampler` replaces the settings' by an equal one, such as one with a compiled update."""
-        sampler = sampler or SAMPLERS[settings.sampler]
-        sample_token = partial(model.head.sample, times=settings.times, sampler=sampler)
+    def of(cls, model: SphereAR, settings: SamplingSettings, step: Callable | None = None) -> "Phases":
+        """The model's own. `step` takes the place of the head's: an equal one, such as a compiled one."""
+        sample_token = partial(model.head.sample, sampler=SAMPLERS[settings.sampler], step=step)
         return cls(model.new_cache, model.prefill, sample_token, model.decode_step)
 
 
@@ -99,26 +108,27 @@ def generate_tokens(
     rows = torch.cat([labels, torch.full_like(labels, config.null_class)]) if guided else labels
     kind = labels.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.proj_in.weight.dtype
-    cache = phases.new_cache(len(rows), dtype, labels.device)
-    time_embedding = model.head.embed_times(settings.times)
+    kv_cache = phases.new_cache(len(rows), dtype, labels.device)
+    embed_times = cache(model.head.embed_times)
     given = [] if prompt is None else prompt.unbind(dim=1)
 
     tokens = []
-    condition = phases.prefill(rows, cache)
+    condition = phases.prefill(rows, kv_cache)
     for position in range(config.num_tokens):
         if position < len(given):
             raw = token = given[position]
         else:
             scale = guidance_at(position, config.num_tokens, settings.cfg_scale, settings.cfg_schedule)
+            here = settings.at(position, config.num_tokens)
             # As in the released code: where the scale is exactly 1 (token 0), the null rows draw a token of their own.
-            draws = noise(position, batch if scale > 1 else len(rows))
-            raw = phases.sample_token(condition, draws, time_embedding, scale if scale > 1 else None)
+            draws, times = noise(position, batch if scale > 1 else len(rows))[: here.num_noise], here.times
+            raw = phases.sample_token(condition, draws, embed_times(times), scale if scale > 1 else None, times=times)
             token = project_to_sphere(raw, config.radius) if projects else raw  # the paper's claim
         observe(position, raw, token)
         tokens.append(token[:batch])
         if position + 1 < config.num_tokens:
             token = torch.cat([token, token]) if len(token) < len(rows) else token
-            condition = phases.decode_step(token, position, cache)
+            condition = phases.decode_step(token, position, kv_cache)
     return torch.stack(tokens, dim=1)
 
 

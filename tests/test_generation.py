@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from models import Phases, SamplingSettings, SphereAR, decode, encode, generate_tokens, project_to_sphere
+from models.samplers import SAMPLERS
 from tests.helpers.nano import NANO, seeded_noise, stirred_nano
+from utils.sampling.draws import image_noise
 
 FEW = SamplingSettings(cfg_scale=2.0, num_sampling_steps=2)
 
@@ -25,6 +27,7 @@ def nano():
         ({"cfg_scale": 2.0, "cfg_schedule": "cosine"}, "cosine"),
         ({"sampler": "dpm"}, "dpm"),
         ({"num_sampling_steps": 0}, "num_sampling_steps 0"),
+        ({"num_sampling_steps": (50, 0)}, r"num_sampling_steps \(50, 0\)"),
         ({"projection": "twice"}, "projection 'twice'"),
         ({"last_step_size": 1.0}, "last_step_size 1.0"),
     ],
@@ -96,9 +99,9 @@ def test_the_projection_is_the_models_unless_another_is_asked_for(nano, trained,
 def test_phases_handed_in_are_the_ones_that_are_called(nano):
     own, calls = Phases.of(nano, FEW), []
 
-    def sample_token(*args):
+    def sample_token(*args, **times):
         calls.append("sample")
-        return own.sample_token(*args)
+        return own.sample_token(*args, **times)
 
     def decode_step(*args):
         calls.append("decode")
@@ -119,10 +122,38 @@ def test_generation_under_bfloat16_autocast_keeps_a_bfloat16_cache(nano):
     assert tokens.dtype == torch.float32 and tokens.isfinite().all()
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_annealed_steps_give_every_token_its_own_times_and_the_noise_of_its_address(nano, sampler):
+    """The tokens of the first stair are those of its number of steps: noise depends on token and step alone."""
+    settings = SamplingSettings(cfg_scale=2.0, num_sampling_steps=(5, 2), sampler=sampler)
+    own, asked = Phases.of(nano, settings), []
+
+    def sample_token(condition, noise, time_embedding, scale, times):
+        asked.append((times, len(noise)))
+        assert len(time_embedding) == len(times)
+        return own.sample_token(condition, noise, time_embedding, scale, times=times)
+
+    labels, noise = torch.tensor([1, 2]), image_noise(0, torch.arange(2), settings.num_noise, NANO.latent_dim)
+    tokens = generate_tokens(nano, labels, settings, noise, replace(own, sample_token=sample_token))
+    counts = {steps: replace(settings, num_sampling_steps=steps) for steps in (5, 4, 3, 2)}
+    assert asked == [(counts[steps].times, counts[steps].num_noise) for steps in (5, 4, 3, 2) for _ in range(4)]
+    five = counts[5]
+    noise = image_noise(0, torch.arange(2), five.num_noise, NANO.latent_dim)
+    alike = (generate_tokens(nano, labels, five, noise) == tokens).all(-1).all(0)
+    assert alike.tolist() == [True] * 4 + [False] * 12
+
+
+def test_equal_annealed_steps_are_the_single_number(nano):
+    labels, one = torch.tensor([1, 2]), SamplingSettings(cfg_scale=2.0, num_sampling_steps=3)
+    two = replace(one, num_sampling_steps=(3, 3))
+    assert one.num_noise == two.num_noise
+    assert torch.equal(*(generate_tokens(nano, labels, settings, seeded_noise(settings)) for settings in (one, two)))
+
+
 def test_a_prompt_is_continued_from_its_tokens(nano):
     """Its tokens stand where they were, the head is not asked for them, and what follows is as when it drew them."""
     labels, own, asked = torch.tensor([1, 2]), Phases.of(nano, FEW), []
-    phases = replace(own, sample_token=lambda *args: asked.append(1) or own.sample_token(*args))
+    phases = replace(own, sample_token=lambda *args, **times: asked.append(1) or own.sample_token(*args, **times))
     whole = generate_tokens(nano, labels, FEW, seeded_noise(FEW))
     assert torch.equal(generate_tokens(nano, labels, FEW, seeded_noise(FEW), prompt=whole[:, :0]), whole)
     other = project_to_sphere(torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(5)), NANO.radius)

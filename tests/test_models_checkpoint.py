@@ -76,6 +76,10 @@ def test_published_form_loads_strictly():
     assert isinstance(svae, SVAE) and svae.config == config.svae
 
 
+def test_every_preset_has_a_size_of_its_own():
+    assert [preset_of(config) for config in PRESETS.values()] == list(PRESETS)
+
+
 def test_without_a_config_a_size_of_no_preset_is_refused():
     """The number of attention heads is in no shape."""
     config = replace(NANO, num_layers=2)

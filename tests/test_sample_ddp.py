@@ -18,7 +18,7 @@ from PIL import Image
 
 import models
 from models import PRESETS, SamplingSettings, SphereAR, checkpoint_state, config_to_dict
-from sample_ddp import decode, encode, generate, load
+from sample_ddp import decode, encode, generate, load, main
 from tests.helpers.nano import stirred_nano
 from tests.helpers.sampling import (
     calm_nano,
@@ -96,6 +96,16 @@ def test_the_batch_size_changes_nothing_but_rounding(sample):
     assert (labels3 == labels8).all()
     assert np.abs(three.astype(int) - eight).max() <= 1
     assert (three == eight).mean() > 0.99
+
+
+def test_annealed_steps_are_recorded_as_they_were_asked_for(sample, capsys):
+    code, folder = sample("run", "--num-fid-samples", 2, "--num-sampling-steps", "4:2", "--sampler", "ab2", "--to-npz")
+    assert code == 0
+    assert json.loads((folder / "samples.json").read_text())["settings"]["--num-sampling-steps"] == "4:2"
+    code, other = sample("other", "--num-fid-samples", 2, "--num-sampling-steps", 4, "--sampler", "ab2", "--to-npz")
+    assert code == 0 and (load(folder)[0] != load(other)[0]).any()
+    assert sample("run", "--num-fid-samples", 2, "--num-sampling-steps", "4:3", "--sampler", "ab2")[0] == 2
+    assert "--num-sampling-steps: 4:2 there, 4:3 now" in capsys.readouterr().err
 
 
 def test_the_released_conversion_to_bytes_is_asked_for(sample, capsys):
@@ -187,7 +197,7 @@ def test_importing_and_loading_changes_nothing_and_brings_nothing_slow(ckpt):
 
 def test_real_images_are_continued_from_their_first_tokens(sample, ckpt, tmp_path):
     """All tokens kept is the reconstruction, none is plain sampling, some is what the API gives."""
-    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([1, 8, 3]))
+    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([1, 8, 3]))  # the classes of BRIEF
     model, tokens = load(ckpt), encode(load(ckpt), real_images())
     plain = load_images(sample("plain", "--num-fid-samples", 3, "--to-npz")[1])[0]
 
@@ -218,6 +228,15 @@ def test_a_folder_of_pngs_has_no_labels_and_gets_those_asked_for(sample, tmp_pat
         for name in ("png", "real.npz")
     ]
     assert (results[0][0] == results[1][0]).all() and results[0][1].tolist() == results[1][1].tolist() == [1, 8, 3]
+
+
+def test_images_that_come_with_labels_keep_them(ckpt, tmp_path):
+    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([5, 0, 9], np.int32))
+    flags = "--ckpt", ckpt, "--sample-dir", tmp_path / "run", "--init-images", tmp_path / "real.npz", "--keep-tokens", 6
+    assert main([*map(str, flags), "--num-fid-samples", "4", "--sample-steps", "2", "--to-npz"]) == 0
+    images, labels = load_images(tmp_path / "run")
+    assert labels.tolist() == [5, 0, 9, 5] and labels.dtype == np.int64 and images.shape == (4, 32, 32, 3)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["--labels"] == "arr_1"
 
 
 @pytest.mark.parametrize(
@@ -566,6 +585,8 @@ def test_two_runs_do_not_share_a_folder(sample, ckpt, capsys):
             ["--num-sampling-steps", "1000000000"],
             "/--sample-steps: 1000000000 must lie in [1, 10000]",
         ),
+        (["--num-sampling-steps", "50:0"], "/--sample-steps: 0 must lie in [1, 10000]"),
+        (["--num-sampling-steps", "50:20:5"], "/--sample-steps: 20:5 is no whole number"),
         (["--labels", "balanced"], "--labels: not allowed with argument --class-ids"),
         (["--global-seed", str(2**64)], f"--global-seed/--seed: {2**64} must lie in 0 to 2^64 - 1"),
         (["--sample-dir", __file__], "test_sample_ddp.py"),
@@ -677,6 +698,13 @@ def test_too_large_a_batch_for_the_memory_is_one_line(sample, monkeypatch, capsy
         "sample_ddp.py: error: can't allocate memory: you tried to allocate 221184000000 bytes. Error code 12 (Cannot "
         "allocate memory). Lower --per-proc-batch-size."
     )
+
+
+def test_cuda_graphs_need_a_gpu_and_are_no_part_of_compile(sample, capsys):
+    assert sample("run", "--num-fid-samples", 1, "--cuda-graphs")[0] == 2
+    assert "--cuda-graphs: needs a GPU; leave it out" in capsys.readouterr().err
+    code, folder = sample("run", "--num-fid-samples", 1, "--no-cuda-graphs", "--no-compile")
+    assert code == 0 and json.loads((folder / "samples.json").read_text())["cuda_graphs"] is False
 
 
 def test_the_receipt_names_labels_or_classes(sample, ckpt, capsys):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from models.samplers import SAMPLERS
+from models.samplers import SAMPLERS, STAIRS, steps_at
 
 MEAN, SPREAD = 2.0, 0.5
 GAUSSIAN = [(1.0, MEAN, SPREAD)]  # weight, mean, deviation
@@ -37,15 +37,15 @@ def walk(name, steps, start, target=GAUSSIAN, asked=None, noise=None):
     sampler = SAMPLERS[name]
     times = sampler.times(steps, 0.04)
 
-    def velocity(x, k):
+    def step(k, at, update, *more):
         if asked is not None:
             asked.append(k)
-        return exact_velocity(target, x.as_subclass(torch.Tensor), times[k]).as_subclass(Double)
+        return update(exact_velocity(target, at.as_subclass(torch.Tensor), times[k]).as_subclass(Double), *more)
 
     if noise is None:
         noise = torch.randn(sampler.num_noise(steps), *start.shape, dtype=start.dtype)
     noise[0] = start
-    return sampler.walk(velocity, noise, times, sampler.update).as_subclass(torch.Tensor)
+    return sampler.walk(step, noise, times).as_subclass(torch.Tensor)
 
 
 STARTS = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
@@ -122,3 +122,18 @@ def test_the_velocity_is_asked_once_at_every_time_and_at_no_other(name, steps):
 def test_the_published_times():
     times = SAMPLERS["sde"].times(100, 0.04)
     assert len(times) == 101 and times[0] == 0 and times[-1] == pytest.approx(0.96)
+
+
+def test_annealed_steps_fall_linearly_by_stairs():
+    steps = [steps_at(position, 256, (50, 20)) for position in range(256)]
+    assert (steps[0], steps[-1], sum(steps)) == (50, 20, 256 * 35)
+    assert steps == sorted(steps, reverse=True) and len(set(steps)) == STAIRS
+    line = [50 - 30 * position / 255 for position in range(256)]
+    assert max(abs(a - b) for a, b in zip(steps, line)) <= 30 / STAIRS + 0.5
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_a_single_number_of_steps_is_every_tokens(tokens):
+    assert {steps_at(position, tokens, 50) for position in range(tokens)} == {50}
+    assert {steps_at(position, tokens, (50, 50)) for position in range(tokens)} == {50}
+    assert steps_at(0, tokens, (50, 20)) == 50

@@ -93,6 +93,12 @@ def within(low: float, high: float, *, open_end: bool = False) -> Callable[[str]
     return number(type(low), lambda value: low <= value <= high, f"lie in [{low}, {high}]")
 
 
+def one_or_two(parse: Callable[[str], float], word: str) -> float | tuple[float, float]:
+    """A flag's value that `parse` takes, or two of them with a colon between, such as 50:20."""
+    first, colon, last = word.partition(":")
+    return (parse(first), parse(last)) if colon else parse(first)
+
+
 SEED = number(int, lambda value: 0 <= value < 2**64, "lie in 0 to 2^64 - 1", most=2**64)
 
 

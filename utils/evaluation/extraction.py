@@ -70,8 +70,8 @@ class Extraction:
     `weights` records which they are. Raises ValueError, on all processes, for weights that cannot be used.
     """
 
-    def __init__(self, settings: Settings, device: torch.device, batch_size: int, workers: int):
-        self.settings, self.batch_size, self.workers = settings, batch_size, workers
+    def __init__(self, settings: Settings, device: torch.device, batch_size: int, workers: int, *, shows: bool = True):
+        self.settings, self.batch_size, self.workers, self.shows = settings, batch_size, workers, shows
         path = distributed.from_main(lambda: inception_weights.find_weights(settings.inception))
         with distributed.all_or_none():
             weights = inception_weights.read_weights(path)
@@ -128,12 +128,18 @@ class Extraction:
         else:
             count, length = file.count, self.batch_size * -(-file.count // (self.batch_size * PARTS))
             batches = while_good(read_parts(file, length, at_once=4 * self.workers * self.batch_size), checksum)
-        features = extract(
-            batches, self._extractor, count, length,
-            name=str(file.path), half=self.settings.half, to_logits=self.to_logits, keep_spatial=keep_spatial,
-        )  # fmt: skip
+        features = self.extract(batches, count, length, str(file.path), keep_spatial)
         file.close()
         return features, distributed.from_main(lambda: checksum.result())
+
+    def extract(
+        self, batches: Iterable, count: int | None, length: int, name: str, keep_spatial: bool = False
+    ) -> Features:
+        """features.extract with this network: of batches that the processes hold between them in parts of `length`."""
+        return extract(
+            batches, self._extractor, count, length, name=name, half=self.settings.half, to_logits=self.to_logits,
+            keep_spatial=keep_spatial, shows=self.shows,
+        )  # fmt: skip
 
 
 def while_good(batches: Iterable[np.ndarray], checksum: Future | None) -> Iterator[np.ndarray]:

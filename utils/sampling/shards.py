@@ -11,12 +11,14 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from utils.files import atomic_file, remove_leftovers
+from utils.script import warn
 
 Range = tuple[int, int]  # image indices start <= i < stop
 BLOCK_BYTES = 1 << 22
@@ -31,6 +33,39 @@ def write_shard(folder: Path, start: int, images: np.ndarray, key: int) -> None:
         file.write(_header(*images.shape[:2]))
         file.write(images.data)  # np.save would not say why a write failed
         file.write(_checksum(zlib.crc32(images.data, key)))
+
+
+class Writer:
+    """Writes a batch in a thread of its own while the next one is made: one at a time, so one waits in memory.
+
+    A context manager: nothing is under way behind its block, however that ends. An error of a write is raised by the
+    next `call` or at the end of the block; a block that ends by another error says it on stderr.
+    """
+
+    def __init__(self):
+        self.thread, self.under_way = ThreadPoolExecutor(max_workers=1), None
+
+    def call(self, write: Callable[..., None], *args: object) -> None:
+        """write(*args), once the write before has ended."""
+        self._wait()
+        self.under_way = self.thread.submit(write, *args)
+
+    def _wait(self) -> None:
+        before, self.under_way = self.under_way, None
+        if before is not None:
+            before.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.thread.shutdown(wait=True)
+        try:
+            self._wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            warn(f"a batch was not written: {error}")
 
 
 def finished_shards(folder: Path, image_size: int, total: int) -> dict[Range, Path]:
