@@ -88,7 +88,7 @@ def write_cifar(package: str | Path, out: str | Path) -> Path:
     if not tar.exists():
         images, labels = read_cifar(package)
         tar.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(tar) as file:
+        with atomic_file(tar, new=True) as file:
             _write_tar(file, images, labels, "PNG")
     return tar
 

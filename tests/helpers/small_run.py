@@ -91,7 +91,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
     raise AssertionError("".join(lines))
 
 
-def finish(process: subprocess.Popen, seconds: float = 120) -> str:
+def finish(process: subprocess.Popen, seconds: float = 600) -> str:
     """The output of a process that ends well."""
     output, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, output
