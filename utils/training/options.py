@@ -159,9 +159,9 @@ def parse_args(
     add("--eval-every", type=at_least(0), default=0, help="steps between evaluations, and one at the end; 0: none [0]")
     add("--eval-reference", metavar="FILE", help="AR: .npz, statistics or folder of PNGs for FID and MIND of samples; "
         "S-VAE: images to reconstruct [those held out]")  # fmt: skip
-    add("--eval-samples", type=at_least(2), help=f"images to sample or reconstruct [{EVAL_SAMPLES}]")
+    add("--eval-samples", type=within(2, 10**6), help=f"images to sample or reconstruct [{EVAL_SAMPLES}]")
     add("--eval-cfg-scale", type=at_least(1.0), help="AR: guidance of these samples [3.0]")
-    add("--held-out", type=at_least(0), default=0, metavar="N",
+    add("--held-out", type=within(0, 10**7), default=0, metavar="N",
         help="leave N images out of training; --eval-every reports their loss [0]")  # fmt: skip
     args = parser.parse_args(argv)
 
