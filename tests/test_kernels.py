@@ -29,8 +29,7 @@ def test_nothing_breaks_a_graph_and_nothing_is_compiled_twice(nano):
 
 
 def test_a_decode_step_with_flash_attention_needs_fewer_kernels(nano):
-    ours, flash = nano["ours"]["decode step"], nano["ours with flash-attn"]["decode step"]
-    assert flash < ours < nano["straightforward"]["decode step"]
+    assert nano["ours with flash-attn"]["decode step"] < nano["ours"]["decode step"]
 
 
 @pytest.mark.parametrize("name", ["SphereAR-B", "SphereAR-L", "SphereAR-H"])
