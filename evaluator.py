@@ -5,7 +5,10 @@
 
 Either may be a folder of PNGs. Prints the numbers, writes them to SAMPLE.txt and, with everything that made them, to
 the key "evaluation" of SAMPLE.json. Exit status: 0, 2 for an input that cannot be evaluated (one line says why), 128 +
-signal when stopped.
+signal when stopped. In Python, for images without a file:
+
+    from evaluator import evaluate
+    metrics = evaluate("REF.npz", batches_of_uint8_images)
 """
 
 if __name__ == "__main__":
@@ -15,10 +18,8 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,44 +27,23 @@ import numpy as np
 import torch
 
 from utils import distributed, provenance, script
-from utils.evaluation import frechet, inception_weights, results
-from utils.evaluation.feature_cache import cached
-from utils.evaluation.features import Extractor, Features, extract, hand_back_memory, read_parts, workers_within_memory
-from utils.evaluation.inception import Inception
-from utils.evaluation.inception_tensorflow import TensorFlowInception
+from utils.evaluation import inception_weights, metrics, results
+from utils.evaluation.batches import Batches
+from utils.evaluation.extraction import Evaluated, Extraction, Settings, choose_workers
+from utils.evaluation.features import exact_arithmetic, hand_back_memory
 from utils.evaluation.inputs import Images, check_inputs, inspect, open_images
-from utils.evaluation.mind import mind
-from utils.evaluation.precision_recall import precision_recall
+from utils.evaluation.intervals import RESAMPLES
 from utils.files import printable
 
-PARTS = 64  # a file is cut into about so many, taken in turns by the processes, whatever their number
-MIND_SEED = 2020  # torch-fidelity's
+__all__ = ["evaluate", "main"]
 
 
-class Evaluated(NamedTuple):
-    """One of the two files: what it holds, the features of its images (None: it has none), its checksum."""
+class Inputs(NamedTuple):
+    """What is evaluated, open and checked: the reference, the samples, perhaps a second real set for the floor."""
 
-    file: Images
-    features: Features | None
-    sha256: str
-    from_cache: bool = False
-
-    @property
-    def statistics(self) -> dict[str, np.ndarray]:
-        """mu, sigma, mu_s, sigma_s: those that the file brings along count before those of its images."""
-        computed = self.features.statistics if self.features else {}
-        return {name: values for name, values in {**computed, **self.file.statistics}.items() if name != "score"}
-
-    def record(self) -> dict:
-        return {
-            "path": str(self.file.path),
-            "sha256": self.sha256,
-            "images": self.file.count,
-            "height": self.file.height,
-            "width": self.file.width,
-            "statistics": sorted(self.file.statistics),
-            "features_from_cache": self.from_cache,
-        }
+    reference: Images
+    samples: Images | Batches
+    real: Images | None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,6 +58,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pr-dtype", choices=("float16", "float32"), default="float16", help="distances of P and R")
     parser.add_argument("--tf32", action="store_true", help="TF32 convolutions, as TensorFlow on Ampere and later")
     parser.add_argument("--cache-features", action="store_true", help="keep features beside each file for the next run")
+    parser.add_argument(
+        "--floor", metavar="FILE", nargs="?", const="", help="FID, sFID, MIND of real images too: of FILE, or of halves"
+    )
+    parser.add_argument(
+        "--intervals", metavar="N", nargs="?", const=RESAMPLES, type=script.at_least(2),
+        help="95%% intervals of FID, precision, recall, MIND, from N random halves of the samples (100)",
+    )  # fmt: skip
     parser.add_argument("--save-statistics", metavar="FILE", type=Path, help="keep those of the reference, as .npz")
     args = parser.parse_args(argv)
     if args.tf32 and (args.backend == "tensorflow" or not torch.cuda.is_available()):
@@ -85,158 +72,148 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def evaluate(
+    reference: str | Path,
+    images: str | Path | Iterable[np.ndarray | torch.Tensor],
+    *,
+    floor: bool | str | Path = False,
+    intervals: int = 0,
+    **settings: object,
+) -> dict:
+    """Metrics by name of images against a reference; None: not available. The numbers of the command line.
+
+    reference: an .npz of images and / or statistics, or a folder of PNGs; images: the same, or any iterable of uint8
+    batches (n, H, W, 3), numpy or torch. On several processes all call this, and each hands out its share of batches.
+    floor: True or a second real file; the floor is then under "floor". intervals: from how many halves, 100 give the
+    width to 7%; then under "intervals". settings: inception, backend, batch_size, pr_dtype, tf32, cache_features, as
+    the flags of these names. No result is written. Raises ValueError for what cannot be evaluated.
+    """
+    settings = Settings(**settings)
+    device = distributed.init(cpu=settings.backend == "tensorflow")
+    real = None if floor in (False, True) else floor
+    result, _ = measure(open_inputs(reference, images, real), settings, device, bool(floor), intervals)
+    return {**result["metrics"], **{name: result[name] for name in ("floor", "intervals") if name in result}}
+
+
+def from_command_line(args: argparse.Namespace) -> int:
     """The whole evaluation, from two files to the report."""
+    settings = Settings(*(getattr(args, name) for name in Settings._fields))
     device = distributed.init(cpu=args.backend == "tensorflow")
-    script.allow_tf32(products=False, convolutions=args.tf32)
-    torch.backends.cudnn.deterministic = True
-    with torch.inference_mode():
-        result, reference = measure(args, device)
-    distributed.print0(results.lines(result["metrics"]), end="")
-    distributed.from_main(lambda: results.write(result, Path(args.sample_batch)))
+    inputs = open_inputs(args.ref_batch, args.sample_batch, args.floor or None)
+    paths, caches = [file.path for file in inputs if file], args.cache_features
+    distributed.from_main(lambda: results.check_outputs(*paths, caches=caches, statistics=args.save_statistics))
+    result, reference = measure(inputs, settings, device, args.floor is not None, args.intervals or 0)
+    distributed.print0(results.lines(result), end="")
+    distributed.from_main(lambda: results.write(result, inputs.samples.path))
     if args.save_statistics:
         distributed.from_main(lambda: results.write_statistics(args.save_statistics, reference.statistics, result))
     return script.DONE
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict, Evaluated]:
+def open_inputs(reference: str | Path, images: object, real: str | Path | None) -> Inputs:
+    """Everything that is evaluated. Raises ValueError, on all processes, for what cannot be read or compared."""
+    with distributed.all_or_none():
+        inputs = Inputs(
+            open_images(reference),
+            open_images(images) if isinstance(images, str | Path) else Batches(images),
+            open_images(real) if real else None,
+        )
+        if not isinstance(inputs.samples, Batches):
+            check_inputs(inputs.reference, inputs.samples)
+        if real and inputs.real.count < 2:
+            raise ValueError(f"--floor {real}: has {inputs.real.count} images; a floor needs 2")
+    return inputs
+
+
+def measure(
+    inputs: Inputs, settings: Settings, device: torch.device, floor: bool, resamples: int
+) -> tuple[dict, Evaluated]:
     """`metrics` by name (None: not available) and everything that made them; the reference."""
     started = time.monotonic()
+    reference, samples, real = inputs
+    counted = not isinstance(samples, Batches)  # before they are taken
     with distributed.all_or_none():
-        files = open_images(args.ref_batch), open_images(args.sample_batch)
-        check_inputs(*files)
-    paths = [file.path for file in files]
-    distributed.from_main(lambda: results.check_outputs(*paths, args.cache_features, args.save_statistics))
-    notes = inspect(*files)
-    for note in notes:
-        distributed.print0(f"warning: {printable(note)}", file=sys.stderr)
-    batch_size = min(args.batch_size or (2 if device.type == "cpu" else 64), max(file.count for file in files))
-    with distributed.all_or_none():
-        workers = min(choose_workers(args, device, batch_size, file) for file in files if file.count)
-    (reference, samples), weights = extract_all(args, device, files, batch_size, workers)
-    hand_back_memory()
-    extracted = time.monotonic()
-
-    metrics = dict.fromkeys(results.METRICS)
-    if "score" in samples.features.statistics:
-        metrics["Inception Score"] = samples.features.statistics["score"].item()
-    metrics |= distributed.from_main(lambda: distances(reference, samples))
-    if reference.features:
-        pools = reference.features.pool.to(device), samples.features.pool.to(device)
-        metrics["Precision"], metrics["Recall"] = precision_recall(*pools, half=args.pr_dtype == "float16")
-        metrics["MIND"] = distributed.from_main(lambda: mind(pools[1], pools[0], seed=MIND_SEED))
+        if floor and not (reference.count or real):
+            raise ValueError(
+                f"{reference.path}: has statistics only; a floor needs real images: name some by --floor FILE"
+            )
+        if resamples and counted:
+            metrics.check_halves(samples.count)
+    weights = distributed.from_main(lambda: inception_weights.find_weights(settings.inception))
+    settings = settings._replace(inception=str(weights))  # found before anything is said about the images
+    batch_size = settings.batch_size or (2 if device.type == "cpu" else 64)
+    if counted:
+        batch_size = min(batch_size, max(reference.count, samples.count))
+        notes = tell(inspect(reference, samples))
+    with exact_arithmetic(tf32=settings.tf32):
+        (reference, samples, real), weights = extract_all(inputs, settings, device, batch_size, floor)
+        if not counted:
+            check_inputs(inputs.reference, inputs.samples)
+            notes = tell(inspect(inputs.reference, inputs.samples))
+        extracted = time.monotonic()
+        against = metrics.as_reference(reference, device)
+        found, spread = metrics.all_metrics(samples.features, against, half=settings.half), {}
+        if floor:
+            spread["floor"] = metrics.floor(samples.file.count, reference, real, device)
+            if (images := spread["floor"]["images"]) < samples.file.count:
+                notes += tell([f"the floor is that of {images} real images for want of more: it is too high"])
+        if resamples:
+            spread["intervals"] = metrics.intervals(samples.features, against, resamples=resamples, half=settings.half)
     made_by = provenance.provenance(device)
-    if args.backend == "tensorflow":
+    if settings.backend == "tensorflow":
         made_by["versions"] = provenance.versions("tensorflow")
     result = {
-        "metrics": metrics,
+        "metrics": found,
+        **spread,
         "reference": reference.record(),
         "samples": samples.record(),
         "weights": weights,
-        "backend": args.backend,
+        "backend": settings.backend,
         "processes": distributed.world_size(),
         "batch_size": batch_size,
         "dtypes": {
-            "network": "tf32" if args.tf32 else "float32",
-            "precision and recall": args.pr_dtype,  # and the features that MIND takes
+            "network": "tf32" if settings.tf32 else "float32",
+            "precision and recall": settings.pr_dtype,  # and the features that MIND takes
             "statistics": "float64",
         },
         **made_by,
-        "seeds": {"MIND": MIND_SEED},
+        "seeds": {"MIND": metrics.SEED},
         "warnings": notes,
         "seconds": {"features": extracted - started, "metrics": time.monotonic() - extracted},
     }
     return result, reference
 
 
+def tell(notes: list[str]) -> list[str]:
+    """Notes, once they have been said."""
+    for note in notes:
+        distributed.print0(f"warning: {printable(note)}", file=sys.stderr)
+    return notes
+
+
 def extract_all(
-    args: argparse.Namespace, device: torch.device, files: tuple[Images, ...], batch_size: int, workers: int
-) -> tuple[list[Evaluated], dict]:
-    """Both files evaluated, and the record of the weights. The network lives here only."""
-    path = distributed.from_main(lambda: inception_weights.find_weights(args.inception))
+    inputs: Inputs, settings: Settings, device: torch.device, batch_size: int, floor: bool
+) -> tuple[list[Evaluated | None], dict]:
+    """Reference, samples and second real set evaluated, and the record of the weights. The network lives here only."""
     with distributed.all_or_none():
-        weights = inception_weights.read_weights(path)
-        network = load_network(weights, args.backend, device, batch_size)
+        with_images = [file for file in inputs if file and (file.count or isinstance(file, Batches))]
+        workers = choose_workers(settings, device, batch_size, with_images)
+    with Extraction(settings, device, batch_size, workers) as extraction:
+        found = [
+            extraction(inputs.reference, keep_spatial=floor and not inputs.real),
+            extraction(inputs.samples),
+            extraction(inputs.real, keep_spatial=True) if inputs.real else None,
+        ]
+        weights = extraction.weights
+    del extraction
     hand_back_memory()
-    weights_record = {"path": str(weights.path), "kind": weights.kind, "sha256": weights.sha256}
-    to_logits = network.logits if weights.classifier is not None else None
-    del weights
-    key = {
-        args.backend: provenance.versions(args.backend)[args.backend],
-        "weights": weights_record["sha256"],
-        "device": provenance.device_name(device),
-        "tf32": args.tf32,
-        "batch_size": batch_size,
-        "pr_dtype": args.pr_dtype,
-    }
-    names = {"pool", "mu", "sigma", "mu_s", "sigma_s"} | ({"score"} if to_logits else set())
-    abandoned = threading.Event()
-    with ExitStack() as stack:
-        background = stack.enter_context(ThreadPoolExecutor(1))
-        extractor = stack.enter_context(Extractor(network, batch_size, device, workers))
-        stack.callback(abandoned.set)
-
-        def compute(file: Images) -> tuple[Features, str]:
-            checksum = background.submit(file.sha256, abandoned) if distributed.is_main() else None
-            length = batch_size * -(-file.count // (batch_size * PARTS))
-            batches = read_parts(file, length, at_once=4 * workers * batch_size)
-            features = extract(
-                batches, extractor, file.count, length,
-                name=str(file.path), half=args.pr_dtype == "float16", to_logits=to_logits,
-            )  # fmt: skip
-            file.close()
-            return features, distributed.from_main(lambda: checksum.result())
-
-        found = []
-        for file in files:
-            if not file.count:
-                found.append(Evaluated(file, None, file.sha256()))
-            elif args.cache_features:
-                found.append(Evaluated(file, *cached(file, key, names, lambda file=file: compute(file))))
-            else:
-                found.append(Evaluated(file, *compute(file)))
-            hand_back_memory()
-    return found, weights_record
-
-
-def choose_workers(args: argparse.Namespace, device: torch.device, batch_size: int, file: Images) -> int:
-    """How many batches of a file's images are in work at once."""
-    cores = torch.get_num_threads() if device.type == "cpu" and args.backend == "torch" else 1
-    try:
-        return workers_within_memory(cores, batch_size, file.height, file.width)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from None
-
-
-def load_network(
-    weights: inception_weights.Weights, backend: str, device: torch.device, batch_size: int
-) -> Inception | TensorFlowInception:
-    """The network that --backend names, with these weights."""
-    if backend == "torch":
-        network = weights.network().to(device)
-        return network.pack(batch_size) if device.type == "cpu" else network
-    if weights.kind != inception_weights.ORIGINAL_KIND:
-        raise ValueError(
-            f"--backend tensorflow executes the original graph; {weights.path} is of the kind {weights.kind!r}"
-        )
-    return TensorFlowInception(weights.path)
-
-
-def distances(reference: Evaluated, samples: Evaluated) -> dict[str, float]:
-    """FID and sFID, as far as the reference has statistics."""
-    ours, theirs, found = samples.features.statistics, reference.statistics, {}
-    for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
-        if mu in theirs:
-            found[name] = frechet.frechet_distance(ours[mu], ours[sigma], theirs[mu], theirs[sigma])
-            if not np.isfinite(found[name]):
-                raise ValueError(f"{name} is {found[name]}: are {mu} and {sigma} of {reference.file.path} right?")
-    return found
+    return found, weights
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     return script.run(
-        "evaluator.py", parse_args, evaluate, argv,
+        "evaluator.py", parse_args, from_command_line, argv,
         when_stopped="no numbers were written", out_of_memory="Lower --batch-size.",
     )  # fmt: skip
 

@@ -36,8 +36,8 @@ from models.flow import CFG_SCHEDULES
 from models.generation import watch_nothing
 from models.samplers import SAMPLERS
 from utils import checkpoint_file, distributed, script
-from utils.evaluation.inputs import Images, open_images
 from utils.evaluation.npz_reader import NpzReader
+from utils.evaluation.png_folder import PngFolder
 from utils.files import read_json, write_json
 from utils.images import layout, png_path, to_float, to_uint8, write_contact_sheet, write_missing_pngs, write_png
 from utils.noise import normals
@@ -47,6 +47,7 @@ from utils.sampling.shards import Range
 
 PUBLISHED, NUM_SAMPLES = SamplingSettings(), 50_000
 WAIT_SECONDS = 1800  # for another process
+Images = NpzReader | PngFolder
 Observer = Callable[[int, Tensor, Tensor], None]  # (position, raw, token), see generate_tokens
 
 __all__ = ["decode", "encode", "generate", "load", "main"]
@@ -211,7 +212,8 @@ def load_model(args: argparse.Namespace, file: checkpoint_file.Examined) -> Sphe
 
 def open_init_images(args: argparse.Namespace, config: SphereARConfig) -> Images:
     """The images of --init-images. ValueError where they, or --keep-tokens, do not fit the model."""
-    images, size = open_images(args.init_images), config.svae.image_size
+    path, size = args.init_images, config.svae.image_size
+    images = PngFolder(path) if Path(path).is_dir() else NpzReader(path)
     if (images.count, images.height, images.width) != (images.count or 1, size, size):
         told = f"{images.count} images of {images.height} x {images.width}"
         raise ValueError(f"--init-images {args.init_images}: has {told}; the model's are {size} x {size}")
@@ -224,11 +226,9 @@ def open_init_images(args: argparse.Namespace, config: SphereARConfig) -> Images
 
 def labels_of(args: argparse.Namespace, config: SphereARConfig, init: Images | None) -> np.ndarray:
     """The class of every image: its own where it begins as one of --init-images that has one, else as asked for."""
-    if init is None or init.labels is None or args.class_ids:
-        return draws.make_labels(
-            args.labels, args.num_fid_samples, config.num_classes, args.global_seed, args.class_ids
-        )
-    return np.resize(init.labels.astype(np.int64), args.num_fid_samples)
+    if args.labels == "arr_1":
+        return np.resize(init.labels.astype(np.int64), args.num_fid_samples)
+    return draws.make_labels(args.labels, args.num_fid_samples, config.num_classes, args.global_seed, args.class_ids)
 
 
 def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: str, init: Images | None) -> dict:
@@ -239,6 +239,7 @@ def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: s
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
     if isinstance(args.num_sampling_steps, tuple):
         settings["--num-sampling-steps"] = ":".join(map(str, args.num_sampling_steps))
+    settings |= {} if args.class_ids is None else {"--labels": None}
     if init is not None:
         settings["--init-images sha256"] = init.sha256()
     return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
@@ -333,8 +334,8 @@ def sample_batches(
                     tokens = sample(*on_device, prompt, observe)
                     pixels = decode(model, tokens, first=start, dtype=dtype)[: stop - start]
             except FloatingPointError as error:
-                remedy = "use --mixed-precision none or another checkpoint"
-                raise FloatingPointError(f"--ckpt {args.ckpt}: {error}; {remedy}") from None
+                remedy = "" if args.mixed_precision == "none" else "--mixed-precision none or "
+                raise FloatingPointError(f"--ckpt {args.ckpt}: {error}; use {remedy}another checkpoint") from None
             writer.call(write_batch, args, start, pixels, key)
 
 
@@ -423,6 +424,7 @@ def run(args: argparse.Namespace) -> int:
         config, size = model.config, model.config.svae.image_size
         init = open_init_images(args, config) if args.init_images else None
         args.num_fid_samples = args.num_fid_samples or (NUM_SAMPLES if init is None else init.count)
+        args.labels = "arr_1" if init is not None and init.labels is not None and not args.class_ids else args.labels
         labels = labels_of(args, config, init)
     if args.mixed_precision == "bf16":
         graphs.cast_weights(model, torch.bfloat16)

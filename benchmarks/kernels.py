@@ -316,50 +316,55 @@ def sampling(name: str, batch: int = 256, tokens: int = 3, settings: SamplingSet
 
 
 @contextmanager
-def trained_on_cpu(kernels: Kernels) -> Iterator[None]:
-    """Inside, fake CPU tensors stand for the GPU's: torch's engine takes no gradients for a GPU that is not there.
+def cpu_for_gpu() -> Iterator[None]:
+    """Inside, fake CPU tensors are trained as a GPU's would be: torch's engine refuses a GPU that is not there.
 
-    Their compiled graphs are moved to the GPU before Inductor sees them, attention is FlashAttention, and multi-tensor
-    operators are chosen as on a GPU. Autocast follows the CPU's list of operators.
+    Operators over lists of tensors are chosen as on a GPU. Autocast follows the CPU's list of operators.
     """
-
-    def flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(kernels, "device", "cpu"))
-        stack.enter_context(patch.object(nn.functional, "scaled_dot_product_attention", flash))
-        stack.enter_context(patch.object(Tensor, "item", lambda self: 1.0))  # the loss, for a log; Adam's step
-        stack.enter_context(patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True))
-        stack.enter_context(patch("torch.optim.adam._default_to_fused_or_foreach", lambda *_, **__: (False, True)))
+    with (
+        patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
+        patch.object(Tensor, "item", lambda self: 1.0),  # the loss, for a log; Adam's step
+        patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True),
+        patch("torch.optim.adam._default_to_fused_or_foreach", lambda *_, **__: (False, True)),
+    ):
         yield
+
+
+def trainable_model(config: SphereARConfig) -> SphereAR:
+    """A model as AR training has it, of fake tensors on the CPU (inside a FakeTensorMode)."""
+    model = SphereAR(config)
+    for module in model.modules():
+        for buffer, value in module._buffers.items():
+            module._buffers[buffer] = torch.empty_like(value)  # RoPE is real
+    model.vae.requires_grad_(False).eval()
+    return model
+
+
+def fake_batch(config: SphereARConfig, size: int) -> Sample:
+    """A batch of `size` images (inside a FakeTensorMode)."""
+    side, numbers = config.svae.image_size, torch.zeros(size, dtype=torch.long)
+    return Sample(torch.zeros(size, 3, side, side, dtype=torch.uint8), numbers, numbers, [""] * size)
 
 
 def training(name: str) -> dict:
     """Kernels of an AR training step of 64 images under bf16 autocast: ours, and the straightforward one.
 
-    Both are those of benchmarks/training.py, compiled; of the straightforward one blocks, stem and velocity network.
+    Both are those of benchmarks/training.py, compiled: of the straightforward one blocks, stem and velocity network.
     """
     config, counts = PRESETS[name], {}
     for kind in ("ours", "straightforward"):
-        with fake_gpu() as kernels, trained_on_cpu(kernels):
-            model, device = SphereAR(config), torch.device("cpu")
-            for module in model.modules():
-                for buffer, value in module._buffers.items():
-                    module._buffers[buffer] = torch.empty_like(value)  # RoPE is real
-            model.vae.requires_grad_(False).eval()
-            autocast = torch.autocast("cpu", torch.bfloat16)
+        with fake_gpu() as kernels, cpu_for_gpu():
+            kernels.device = "cpu"
+            model, autocast = trainable_model(config), torch.autocast("cpu", torch.bfloat16)
             if kind == "ours":
                 compile_ar(model)
-                step = Ours(model, autocast, device, compiled=True)
+                step = Ours(model, autocast, torch.device("cpu"), compiled=True)
             else:
                 encoder = model.vae.encoder
                 for module in (*model.layers, model.head.net, *encoder.layers, encoder.patchify):
                     module.compile(dynamic=False)
-                step = Straightforward(model, autocast, device)
-            side = config.svae.image_size
-            images = torch.zeros(64, 3, side, side, dtype=torch.uint8)
-            batch = Sample(images, torch.zeros(64, dtype=torch.long), torch.zeros(64, dtype=torch.long), [""] * 64)
+                step = Straightforward(model, autocast, torch.device("cpu"))
+            batch = fake_batch(config, 64)
             step.step(batch)  # compiles, and makes the optimizer's state
             eager, compiled = kernels.eager.copy(), kernels.compiled.copy()
             step.step(batch)

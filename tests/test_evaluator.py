@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from evaluator import evaluate
 from tests.helpers.evaluation import (
     Instant,
     brute_force,
@@ -110,14 +112,19 @@ def test_the_five_numbers_are_the_published_ones_on_1_2_and_4_processes(files, g
         )
         assert metrics[name] == pytest.approx(expected, rel=1e-6)
 
+    options += ["--floor", "--intervals", 2]
+    assert run(reference, samples, *options) == 0
+    spread = {name: value for name, value in evaluation(samples).items() if name in ("floor", "intervals")}
+    assert evaluation(samples)["metrics"] == metrics and len(spread) == 2
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for processes in (2, 4):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += ["evaluator.py", reference, samples, *options]
+        command += ["evaluator.py", reference, samples, *map(str, options)]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
         again = evaluation(samples)
         assert again["processes"] == processes
         assert again["metrics"] == metrics
+        assert {name: again[name] for name in spread} == spread
 
 
 def test_the_tensorflow_backend_agrees_and_needs_the_graph(files, graph, capfd):
@@ -227,6 +234,83 @@ def test_saved_statistics_are_a_reference_by_themselves(files, tmp_path, instant
         assert run(files / "reference.npz", files / "samples.npz", "--save-statistics", path) == 2
         assert f"--save-statistics {path}: " in (err := capfd.readouterr().err) and message in err
     assert saved.read_bytes() == content and instant.images == done
+
+
+def test_floor_and_intervals_stand_beside_the_numbers(files, tmp_path, instant, capfd):
+    """From features once extracted: with the cache the network sees every image once."""
+    paths = [tmp_path / name for name in ("reference.npz", "samples.npz", "real.npz")]
+    for path, source in zip(paths, ("reference", "samples", "reference")):
+        path.write_bytes((files / f"{source}.npz").read_bytes())
+    reference, samples, real = paths
+    assert run(reference, samples) == 0
+    plain, done = samples.with_suffix(".txt").read_text().splitlines(), instant.images
+    capfd.readouterr()
+    for _ in range(2):
+        assert run(reference, samples, "--cache-features", "--floor", "--intervals", 3) == 0
+        out, err = capfd.readouterr()
+        record = evaluation(samples)
+        assert "the floor is that of 8 real images for want of more" in err
+        assert out == samples.with_suffix(".txt").read_text()
+        for line, before in zip(out.splitlines(), plain):
+            name, number = before.split(": ")
+            beside = line.removeprefix(before)  # first the number, as ever
+            width, floor = record["intervals"]["half_widths"].get(name), record["floor"]["metrics"].get(name)
+            expected = "" if width is None else f" ± {width:.3g} (95%)"
+            expected += "" if floor is None else f"; real images {floor:.6g} (8 against 8)"
+            assert beside == expected and (name == "Inception Score" or float(number) >= 0)
+    assert instant.images == 2 * done
+    assert record["floor"]["metrics"].keys() == {"FID", "sFID", "MIND"}
+    assert record["intervals"]["half_widths"].keys() == {"FID", "Precision", "Recall", "MIND"}
+
+    assert run(reference, samples, "--cache-features", "--floor", real) == 0
+    assert evaluation(samples)["floor"]["images"] == 12 and instant.images == 2 * done + 16
+    assert "(12 against 16)" in capfd.readouterr().out
+
+
+def test_a_floor_needs_real_images_and_intervals_need_eight_samples(files, tmp_path, instant, capfd):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "few.npz", NpzReader(files / "samples.npz").read(0, 7))
+    np.savez(tmp_path / "one.npz", NpzReader(files / "samples.npz").read(0, 1))
+    for arguments, message in (
+        ((tmp_path / "statistics.npz", "--floor"), "statistics.npz: has statistics only; .* name some by --floor FILE"),
+        ((files / "reference.npz", "--intervals"), "7 samples: intervals are taken from halves of them, and need 8"),
+        ((files / "reference.npz", "--intervals", 1), "--intervals: 1 must be at least 2"),
+        (
+            (files / "reference.npz", "--floor", tmp_path / "one.npz"),
+            "--floor .*one.npz: has 1 images; a floor needs 2",
+        ),
+        ((files / "reference.npz", "--floor", tmp_path / "gone.npz"), "gone.npz: there is no such file"),
+    ):
+        assert run(arguments[0], tmp_path / "few.npz", *arguments[1:]) == 2
+        assert re.search(message, capfd.readouterr().err.splitlines()[-1])
+    assert instant.images == 0
+    assert run(tmp_path / "statistics.npz", tmp_path / "few.npz", "--floor", files / "reference.npz") == 0
+    assert evaluation(tmp_path / "few.npz")["floor"]["metrics"].keys() == {"FID"}
+    assert "(7 against statistics)" in capfd.readouterr().out
+
+
+def test_in_python_any_iterable_gets_the_numbers_of_its_file(files, instant, capfd):
+    assert run(files / "reference.npz", files / "samples.npz", "--floor") == 0
+    expected = evaluation(files / "samples.npz")
+    images = random_images(12, 48, seed=1)
+    tf32 = torch.backends.cudnn.allow_tf32
+    capfd.readouterr()
+    for batches in (images.split(5), (batch.numpy() for batch in images.split(12))):
+        found = evaluate(files / "reference.npz", batches, floor=True, intervals=2)
+        assert "12 samples; published numbers use 50000" in capfd.readouterr().err
+        for name, value in expected["metrics"].items():
+            assert found[name] == (None if value is None else pytest.approx(value, rel=1e-6)), name
+        assert found["floor"]["metrics"] == pytest.approx(expected["floor"]["metrics"], rel=1e-6)
+        assert found["intervals"]["resamples"] == 2
+    assert evaluate(files / "reference.npz", str(files / "samples.npz")) == expected["metrics"]
+    assert torch.backends.cudnn.allow_tf32 == tf32 and not torch.is_inference_mode_enabled()
+    for wrong, message in (
+        (images, r"images: a batch is torch.uint8 \(48, 48, 3\), but batches are uint8"),
+        ([], "at least 2 images, got 0"),
+        ([images[:3]], "images: has 3 images; precision and recall need 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(files / "reference.npz", wrong)
 
 
 @pytest.mark.parametrize("flags", [(), ("--cache-features",)])
@@ -387,3 +471,29 @@ def test_bad_options(files, capfd):
     if not torch.cuda.is_available():
         assert run(files / "reference.npz", files / "samples.npz", "--tf32") == 2
         assert "--tf32 needs" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_damage_far_behind_is_told_as_soon_as_the_checksum_finds_it(tmp_path, instant, capfd, kind):
+    """Not when the features of all images have been computed, which may take an hour."""
+    images, path = random_images(256, 8).numpy(), tmp_path / "samples.npz"
+    if kind == "npz":
+        np.savez(path, images)
+        content = bytearray(path.read_bytes())
+        content[-3000] ^= 1
+        path.write_bytes(content)
+    else:
+        path = tmp_path / "png"
+        path.mkdir()
+        for index, image in enumerate(images):
+            write_png(path / f"{index}.png", image)
+        (path / "255.png").write_bytes((path / "255.png").read_bytes()[:-20])
+    network, instant.pack = instant.__call__, lambda _: lambda images: (time.sleep(0.05), network(images))[1]
+    assert run(path, path, "--batch-size", "2") == 2
+    assert re.search("checksum|a damaged PNG", capfd.readouterr().err) and instant.images < 200
+
+
+def test_weights_that_are_not_there_are_told_before_the_warnings(files, capfd):
+    assert run(files / "reference.npz", files / "samples.npz", "--inception", "nowhere.pt") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--inception names 'nowhere.pt'" in line

@@ -77,6 +77,8 @@ def test_compiled_generation_traces_one_block_for_all_layers_and_positions(eager
     assert graphs == 8  # block: prefill and three lengths; step and last step: unguided first token, guided others
     stronger = SamplingSettings(cfg_scale=3.0, num_sampling_steps=3)
     generate(model, stronger, phases, images=(7, 8, 9))
+    prompt = tokens_of(model.config, 3)[:, :5]
+    generate_tokens(model, torch.tensor([0, 1, 2]), GUIDED, noise_of(GUIDED), phases, prompt=prompt)
     assert eager_tracing["unique_graphs"] == graphs
 
 

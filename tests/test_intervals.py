@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils.evaluation.frechet import Moments, frechet_distance
-from utils.evaluation.intervals import bootstrap_interval, extrapolate
+from utils.evaluation.intervals import extrapolate, half_widths
 
 
 def gaussians(count, dim, seed):
@@ -22,27 +22,31 @@ def fid(x, y):
 
 
 def mean(x):
-    return x.mean().item()
+    return {"mean": x.mean().item()}
 
 
 def test_the_interval_of_a_mean_is_the_known_one():
     x = gaussians(400, 1, seed=1)
-    low, high = bootstrap_interval(mean, x, seed=2, resamples=4000)
-    assert (low + high) / 2 == pytest.approx(mean(x))
-    assert (high - low) / 2 == pytest.approx(1.96 * x.std().item() / 20, rel=0.05)
+    width = half_widths(mean, x, seed=2, resamples=4000)["mean"]
+    assert width == pytest.approx(1.96 * x.std().item() / 20, rel=0.05)
 
 
 def test_level_and_seed():
     x = gaussians(400, 1, seed=1)
-    low, high = bootstrap_interval(mean, x, seed=2)
-    assert bootstrap_interval(mean, x, seed=2) == (low, high) != bootstrap_interval(mean, x, seed=3)
-    one = bootstrap_interval(mean, x, seed=2, level=0.6826895)  # one standard deviation
-    assert (high - low) / (one[1] - one[0]) == pytest.approx(1.959964, rel=1e-6)
+    width = half_widths(mean, x, seed=2)["mean"]
+    assert half_widths(mean, x, seed=2)["mean"] == width != half_widths(mean, x, seed=3)["mean"]
+    one = half_widths(mean, x, seed=2, level=0.6826895)["mean"]  # one standard deviation
+    assert width / one == pytest.approx(1.959964, rel=1e-6)
 
 
-def test_no_row_is_drawn_twice():
+def test_every_metric_sees_the_same_halves_and_no_row_twice():
     rows = torch.arange(100.0)
-    assert bootstrap_interval(lambda x: len(x.unique()) / len(x), rows, seed=0) == (1, 1)
+    widths = half_widths(
+        lambda x: {"share": len(x.unique()) / len(x), "sum": x.sum().item(), "twice": 2 * x.sum().item()},
+        rows,
+        seed=0,
+    )
+    assert widths["share"] == 0 and widths["twice"] == pytest.approx(2 * widths["sum"]) and widths["sum"] > 0
 
 
 def test_coverage_of_the_frechet_distance():
@@ -51,8 +55,8 @@ def test_coverage_of_the_frechet_distance():
     expected = sum(fid(x, reference) for x in samples) / len(samples)
     covered = 0
     for seed, x in zip(trials, samples):
-        low, high = bootstrap_interval(lambda half: fid(half, reference), x, seed=seed, resamples=40)
-        covered += low <= expected <= high
+        width = half_widths(lambda half: {"FID": fid(half, reference)}, x, seed=seed, resamples=40)["FID"]
+        covered += abs(fid(x, reference) - expected) <= width
     assert 0.9 <= covered / len(trials) <= 0.99
 
 
@@ -72,12 +76,12 @@ def test_extrapolation_removes_the_bias_of_the_frechet_distance():
 def test_what_has_no_interval_or_line():
     x = gaussians(10, 1, seed=1)
     with pytest.raises(ValueError, match="1 row in the sample: an interval needs at least 2"):
-        bootstrap_interval(mean, x[:1], seed=0)
+        half_widths(mean, x[:1], seed=0)
     with pytest.raises(ValueError, match="resamples 1 must be at least 2"):
-        bootstrap_interval(mean, x, seed=0, resamples=1)
+        half_widths(mean, x, seed=0, resamples=1)
     for level in (0, 1):
         with pytest.raises(ValueError, match=f"level {level} must be between 0 and 1"):
-            bootstrap_interval(mean, x, seed=0, level=level)
+            half_widths(mean, x, seed=0, level=level)
     with pytest.raises(ValueError, match="2 counts but 1 values"):
         extrapolate([1, 2], [3.0])
     for counts in ([5, 5], [0, 5]):

@@ -11,7 +11,7 @@ C = 8
 
 
 def made(name, raw):
-    return POSTERIORS[name](raw, 0.3) if name == "fixed-sigma" else POSTERIORS[name](raw)
+    return POSTERIORS[name](raw, 0.3) if POSTERIORS[name].takes_sigma else POSTERIORS[name](raw)
 
 
 def raw_and_draws(posterior, rows=64):
@@ -55,6 +55,21 @@ def test_flat_posteriors_are_normals_with_their_kl(name):
     latents = posterior.sample_from(Draws(normals, normals[..., :0]))
     torch.testing.assert_close(latents.mean(0), posterior.mean, atol=0.05, rtol=0)
     torch.testing.assert_close(latents.std(0), posterior.deviation, atol=0, rtol=0.03)
+
+
+def test_a_random_sigma_is_one_of_each_image_and_of_the_asked_size_on_average():
+    raw, _ = raw_and_draws(POSTERIORS["random-sigma"], rows=1)
+    posterior = made("random-sigma", raw[:1].expand(20_000, 4, -1))
+    normals = torch.randn(20_000, 4, C + 1)
+    noise = posterior.sample_from(Draws(normals, normals[..., :0])) - posterior.mean
+    deviations = (noise / normals[..., :-1]).flatten(1)  # (B, P·C)
+    torch.testing.assert_close(deviations, deviations[:, :1].expand_as(deviations), atol=1e-3, rtol=1e-2)
+    assert deviations[:, 0].abs().mean().item() == pytest.approx(0.3, rel=0.02)
+    assert deviations[:, 0].mean().item() == pytest.approx(0, abs=0.01)
+
+    laws = torch.distributions.Normal(posterior.mean[:, 0], deviations[:, :1].abs())
+    kl = torch.distributions.kl_divergence(laws, torch.distributions.Normal(torch.zeros(C), torch.ones(C))).sum(-1)
+    assert posterior.kl()[0, 0].item() == pytest.approx(kl.mean().item(), abs=0.3)
 
 
 def test_the_gaussians_log_variance_is_clamped():

@@ -264,3 +264,21 @@ def test_a_block_that_ends_by_an_error_waits_and_says_what_was_not_written(tmp_p
             raise KeyboardInterrupt
         assert capsys.readouterr().err == said
     assert list(finished_shards(tmp_path, SIZE, 10)) == [(0, 10)]
+
+
+@pytest.mark.parametrize(
+    "text", [b"(" * 9000, b"{'descr': '|u1', " + b"[" * 200, b"{'descr': '|u1'}"], ids=["round", "square", "short"]
+)
+def test_a_shard_with_a_hostile_header_is_set_aside(shards, text):
+    path = shards / "00000003-00000007.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    finished, rejected = verified_shards(shards, SIZE, 10, KEY)
+    assert list(finished) == [(0, 3), (7, 10)] and [path.name for path in rejected] == [f"{path.name}.rejected"]
+
+
+def test_a_shards_name_that_no_shard_has_is_set_aside(shards):
+    write_shard(shards, 8, IMAGES[:2], KEY)
+    (shards / "00000008-00000010.npy").rename(shards / "00000009-00000003.npy")
+    (shards / "00000004-00000006.npy").mkdir()
+    finished, rejected = verified_shards(shards, SIZE, 10, KEY)
+    assert list(finished) == [(0, 3), (3, 7), (7, 10)] and len(rejected) == 2

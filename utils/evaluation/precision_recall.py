@@ -19,17 +19,22 @@ BLOCK = 10_000  # rows and columns of one distance matrix of the published evalu
 STRIP, TILE = 1_000, 2_000  # rows and columns computed at once; strips of rows are what processes share out
 
 
-def precision_recall(reference: Tensor, samples: Tensor, *, half: bool = True) -> tuple[float, float]:
+def precision_recall(
+    reference: Tensor, samples: Tensor, *, half: bool = True, reference_radii: Tensor | None = None
+) -> tuple[float, float]:
     """Precision: the share of samples inside any reference ball. Recall: of references inside any sample ball.
 
     Features (N, D) float32, or already rounded to float16, the same on every process; a ball reaches to the third
     neighbour of its own set, border included. `half` rounds distances as the published evaluator does. Equal on any
-    number of processes. Raises ValueError for fewer than 4 features.
+    number of processes. reference_radii: radii(reference, half), where they are known already. Raises ValueError for
+    fewer than 4 features.
     """
     for name, features in (("reference", reference), ("sample", samples)):
         if len(features) <= NEIGHBOUR:
             raise ValueError(f"precision and recall need at least {NEIGHBOUR + 1} {name} images, got {len(features)}")
-    reference_radii, sample_radii = radii(reference, half), radii(samples, half)
+    if reference_radii is None:
+        reference_radii = radii(reference, half)
+    sample_radii = radii(samples, half)
     reference_inside = torch.zeros(len(reference), device=reference.device)
     samples_inside = torch.zeros(len(samples), device=samples.device)
     for rows, columns, distances in distance_tiles(reference, samples, half):
