@@ -66,6 +66,8 @@ NO_KERNEL = {  # beside views
 class Kernels(TorchDispatchMode):
     """Counts, in `fake_gpu`, the kernels of what runs: `eager` by operator, `compiled` by name in Inductor's code."""
 
+    supports_higher_order_operators = True  # such as those that torch.compile wraps around operators that write
+
     def __init__(self):
         super().__init__()
         self.device = "cuda"
@@ -86,7 +88,7 @@ class Kernels(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if (
             not self._inside
-            and not func.is_view
+            and not getattr(func, "is_view", False)
             and func not in NO_KERNEL
             and _on_gpu(args if result is None else result, self.device)
         ):
