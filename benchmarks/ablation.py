@@ -275,7 +275,9 @@ def run_variant(suite: Suite, variant: str, seed: int, folder: Path, real: Real,
         points.append(point)
 
     probe = folder / "probe"
-    timed("probe", "-m", "examples.collapse", "--ckpt", checkpoints["ar"], *words["probe"], "--out", probe)
+    if not probe.with_suffix(".png").exists():  # which comes last, and no file is written over
+        probe.with_suffix(".json").unlink(missing_ok=True)
+        timed("probe", "-m", "examples.collapse", "--ckpt", checkpoints["ar"], *words["probe"], "--out", probe)
     svae_log, ar_log = ((folder / stage / "log.txt").read_text() for stage in ("svae", "ar"))
     end_of_svae, end_of_ar = last_losses(svae_log), last_losses(ar_log)
     return {
@@ -352,6 +354,7 @@ def report(name: str, out: Path) -> None:
     for variant in PROBED:
         if variant in results:
             path = pictures[f"The probe of {variant}"] = PICTURES / f"ablation_{name}_{variant}.png"
+            path.unlink(missing_ok=True)
             collapse.draw(path, results[variant][0]["probe"], PRESETS["SphereAR-Nano"].radius)
     runs = [run for found in results.values() for run in found]
     commits = ", ".join(sorted({str(run["commit"])[:12] for run in runs}))

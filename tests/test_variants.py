@@ -71,7 +71,7 @@ def images_of(data):
 def test_an_s_vae_whose_scale_is_not_measured_yet_is_refused(data, tmp_path, capsys):
     path = train_svae(data, tmp_path / "svae", "--posterior", "gaussian")
     state = checkpoint_file.read(path)
-    state["config"]["latent_scale"] = None
+    state["config"] |= {"latent_shift": 0.0, "latent_scale": None}
     checkpoint_file.write(state, tmp_path / "early.pt")
     assert train.main(small_run.flags(data, tmp_path / "ar", svae=tmp_path / "early.pt")) == 2
     assert "early.pt: its latents' scale is not measured yet" in capsys.readouterr().err
