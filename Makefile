@@ -22,7 +22,7 @@ SUITE := digits
 # packages change, so that an installation that was interrupted begins anew, and a good one is only brought up to date.
 $(RUN): requirements-run.txt requirements-data.txt requirements.lock
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
-		'Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is %d.%d: make PYTHON=python3.11 ...' % v)"
+		'Python 3.11 (tested), 3.12 or 3.13 is needed, and $(PYTHON) is %d.%d: make PYTHON=python3.11 ...' % v)"
 	@test -e $@ || $(PYTHON) -m venv --clear .venv
 	@rm -f $(RUN) $(READY)
 	@echo "installing requirements-run.txt into .venv (minutes)"

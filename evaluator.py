@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from utils import distributed, provenance, script
-from utils.evaluation import metrics, results
+from utils.evaluation import inception_weights, metrics, results
 from utils.evaluation.batches import Batches
 from utils.evaluation.extraction import Evaluated, Extraction, Settings, choose_workers
 from utils.evaluation.features import exact_arithmetic, hand_back_memory
@@ -113,10 +113,13 @@ def from_command_line(args: argparse.Namespace) -> int:
 def open_inputs(reference: str | Path, images: object, real: str | Path | None) -> Inputs:
     """Everything that is evaluated. Raises ValueError, on all processes, for what cannot be read or compared."""
     with distributed.all_or_none():
-        samples = open_images(images) if isinstance(images, str | Path) else Batches(images)
-        inputs = Inputs(open_images(reference), samples, open_images(real) if real else None)
-        if not isinstance(samples, Batches):
-            check_inputs(inputs.reference, samples)
+        inputs = Inputs(
+            open_images(reference),
+            open_images(images) if isinstance(images, str | Path) else Batches(images),
+            open_images(real) if real else None,
+        )
+        if not isinstance(inputs.samples, Batches):
+            check_inputs(inputs.reference, inputs.samples)
         if real and inputs.real.count < 2:
             raise ValueError(f"--floor {real}: has {inputs.real.count} images; a floor needs 2")
     return inputs
@@ -129,10 +132,15 @@ def measure(
     started = time.monotonic()
     reference, samples, real = inputs
     counted = not isinstance(samples, Batches)  # before they are taken
-    if floor and not (reference.count or real):
-        raise ValueError(f"{reference.path}: has statistics only; a floor needs real images: name some by --floor FILE")
-    if resamples and counted:
-        metrics.check_halves(samples.count)
+    with distributed.all_or_none():
+        if floor and not (reference.count or real):
+            raise ValueError(
+                f"{reference.path}: has statistics only; a floor needs real images: name some by --floor FILE"
+            )
+        if resamples and counted:
+            metrics.check_halves(samples.count)
+    weights = distributed.from_main(lambda: inception_weights.find_weights(settings.inception))
+    settings = settings._replace(inception=str(weights))  # found before anything is said about the images
     batch_size = settings.batch_size or (2 if device.type == "cpu" else 64)
     if counted:
         batch_size = min(batch_size, max(reference.count, samples.count))

@@ -73,7 +73,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample-dir", default="samples", help="folder that every process sees (default: %(default)s)")
     add("--num-fid-samples", type=script.within(1, 10**7),
         help=f"images, exactly (default: {NUM_SAMPLES}; with --init-images one of each)")  # fmt: skip
-    add("--per-proc-batch-size", type=at_least(1), help="default: 256 on a GPU, 16 on a CPU")
+    add("--per-proc-batch-size", type=at_least(1),
+        help="default: on a CPU 16, on a GPU a power of two whose KV cache leaves a quarter of the free memory (80 GB: "
+             "1024 for B, 512 for L and H)")  # fmt: skip
     add("--cfg-scale", type=at_least(1.0), default=PUBLISHED.cfg_scale, help="1 = no guidance; published: 4.5, L 4.6")
     add("--cfg-schedule", choices=CFG_SCHEDULES, default=PUBLISHED.cfg_schedule)
     add(
@@ -101,8 +103,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="convert to bytes in bf16, as the released code does: 0.4 grey levels brighter")  # fmt: skip
     add("--tf32", action="store_true", help="allow TF32 in float32 products on a GPU")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile and CUDA graphs (default: on a GPU); --no-compile: PyTorch's plain operators, "
-             "on a CPU too, where otherwise large models get faster linear layers")  # fmt: skip
+        help="torch.compile (default: on a GPU); --no-compile: PyTorch's plain operators, on a CPU too, where "
+             "otherwise large models get faster linear layers")  # fmt: skip
+    add("--cuda-graphs", action=argparse.BooleanOptionalAction,
+        help="replay a token's kernels as CUDA graphs, compiled or not (default: on a GPU)")  # fmt: skip
     args = parser.parse_args(argv)
     if (args.init_images is None) != (args.keep_tokens is None):
         raise ValueError("--init-images and --keep-tokens: give both, the images and how many of their tokens are kept")
@@ -163,14 +167,14 @@ def decode(model: SphereAR | SVAE, tokens: Tensor, *, first: int = 0, dtype: tor
 
 
 def token_sampler(
-    model: SphereAR, settings: SamplingSettings, seed: int, compile: bool = False
+    model: SphereAR, settings: SamplingSettings, seed: int, compile: bool = False, cuda_graphs: bool = False
 ) -> Callable[..., Tensor]:
-    """The function that makes the tokens (B, P, C) of a batch; with `compile`, B must always be the same."""
+    """The function that makes the tokens (B, P, C) of a batch; with the last two, B must always be the same."""
     phases, draw = Phases.of(model, settings), normals
     if compile:
-        sampler = graphs.compile_pieces(model, SAMPLERS[settings.sampler])
-        phases = graphs.static_phases(Phases.of(model, settings, sampler), model.config.num_class_tokens)
-        draw = draws.compiled_normals()
+        phases, draw = Phases.of(model, settings, graphs.compile_pieces(model)), draws.compiled_normals()
+    if compile or cuda_graphs:
+        phases = graphs.static_phases(phases, model.config.num_class_tokens, cuda_graphs)
 
     def sample(
         images: Tensor, labels: Tensor, prompt: Tensor | None = None, observe: Observer = watch_nothing
@@ -222,11 +226,9 @@ def open_init_images(args: argparse.Namespace, config: SphereARConfig) -> Images
 
 def labels_of(args: argparse.Namespace, config: SphereARConfig, init: Images | None) -> np.ndarray:
     """The class of every image: its own where it begins as one of --init-images that has one, else as asked for."""
-    if init is None or init.labels is None or args.class_ids:
-        return draws.make_labels(
-            args.labels, args.num_fid_samples, config.num_classes, args.global_seed, args.class_ids
-        )
-    return np.resize(init.labels.astype(np.int64), args.num_fid_samples)
+    if args.labels == "arr_1":
+        return np.resize(init.labels.astype(np.int64), args.num_fid_samples)
+    return draws.make_labels(args.labels, args.num_fid_samples, config.num_classes, args.global_seed, args.class_ids)
 
 
 def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: str, init: Images | None) -> dict:
@@ -237,6 +239,7 @@ def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: s
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
     if isinstance(args.num_sampling_steps, tuple):
         settings["--num-sampling-steps"] = ":".join(map(str, args.num_sampling_steps))
+    settings |= {} if args.class_ids is None else {"--labels": None}
     if init is not None:
         settings["--init-images sha256"] = init.sha256()
     return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
@@ -270,16 +273,27 @@ def make_plan(args: argparse.Namespace, settings: dict, image_size: int, trunk: 
     plan = plan._replace(batch_size=min(plan.batch_size, -(-plan.count // distributed.world_size())))
     if not plan.missing or args.compile is not None or not few_rows.is_large(trunk):
         return plan
-    rows, ways = rows_of(args, plan), stored.get("linear_ways", {})  # a continued run keeps to them, for the same bits
+    rows, ways = (
+        rows_of(args, plan.batch_size),
+        stored.get("linear_ways", {}),
+    )  # a continued run keeps to them, for the same bits
     if str(rows) not in ways:
         ways[str(rows)] = few_rows.choose_ways(trunk, rows)
         run_folder.note(folder, {"linear_ways": ways})
     return plan._replace(ways=ways[str(rows)])
 
 
-def rows_of(args: argparse.Namespace, plan: Plan) -> int:
+def rows_of(args: argparse.Namespace, batch_size: int) -> int:
     """Rows that a linear layer gets: with guidance each image has a null-class row."""
-    return plan.batch_size * (2 if args.cfg_scale > 1 else 1)
+    return batch_size * (2 if args.cfg_scale > 1 else 1)
+
+
+def default_batch_size(args: argparse.Namespace, config: SphereARConfig, device: torch.device) -> int:
+    """On a CPU 16; on a GPU, with the model there, what its free memory allows."""
+    if device.type != "cuda":
+        return 16
+    bytes_per_image = config.cache_bytes(rows_of(args, 1), script.DTYPES[args.mixed_precision])
+    return graphs.batch_that_fits(bytes_per_image, torch.cuda.mem_get_info(device)[0])
 
 
 # ---- my batches -> tokens -> pixels -> shards --------------------------------------------------------------------
@@ -291,16 +305,19 @@ def sample_batches(
     """Sample this process's share of the missing images into shards, with a progress bar of the whole on rank 0."""
     world_size, throttle, device = distributed.world_size(), graphs.Throttle(), device_of(model)
     settings = SamplingSettings(args.cfg_scale, args.cfg_schedule, args.sampler, args.num_sampling_steps)
-    sample = token_sampler(model, settings, args.global_seed, args.compile)
+    sample = token_sampler(model, settings, args.global_seed, args.compile, args.cuda_graphs)
     dtype = torch.bfloat16 if args.reference_uint8 else torch.float32
-    with tqdm(
-        total=len(labels),
-        initial=len(labels) - plan.count,
-        disable=not distributed.is_main(),
-        bar_format="{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]",
-        unit=" image",
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    ) as progress:
+    with (
+        shards.Writer() as writer,
+        tqdm(
+            total=len(labels),
+            initial=len(labels) - plan.count,
+            disable=not distributed.is_main(),
+            bar_format="{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]",
+            unit=" image",
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        ) as progress,
+    ):
         for start, stop in shards.batches_of(plan.missing, plan.batch_size, distributed.rank(), world_size):
             share = (stop - start) * world_size / model.config.num_tokens
 
@@ -308,20 +325,25 @@ def sample_batches(
                 progress.update(min(share, progress.total - progress.n))
                 throttle()
 
-            # a compiled batch is filled up with other images
-            images = np.arange(start, start + plan.batch_size if args.compile else stop)
+            # a batch of static shapes is filled up with other images
+            images = np.arange(start, start + plan.batch_size if args.compile or args.cuda_graphs else stop)
             on_device = torch.from_numpy(images).to(device), torch.from_numpy(labels[images % len(labels)]).to(device)
             try:
                 with script.autocast(device, args.mixed_precision):
                     prompt = None if init is None else first_tokens(model, init, images, args.keep_tokens)
-                    tokens = sample(*on_device, prompt, observe)[: stop - start]
-                    pixels = decode(model, tokens, first=start, dtype=dtype)
+                    tokens = sample(*on_device, prompt, observe)
+                    pixels = decode(model, tokens, first=start, dtype=dtype)[: stop - start]
             except FloatingPointError as error:
-                remedy = "use --mixed-precision none or another checkpoint"
-                raise FloatingPointError(f"--ckpt {args.ckpt}: {error}; {remedy}") from None
-            for index, image in enumerate(pixels if args.save_images else ()):
-                write_png(png_path(args.save_images, start + index), image)
-            shards.write_shard(Path(args.sample_dir) / "shards", start, pixels, key)
+                remedy = "" if args.mixed_precision == "none" else "--mixed-precision none or "
+                raise FloatingPointError(f"--ckpt {args.ckpt}: {error}; use {remedy}another checkpoint") from None
+            writer.call(write_batch, args, start, pixels, key)
+
+
+def write_batch(args: argparse.Namespace, start: int, pixels: np.ndarray, key: int) -> None:
+    """Images start, start + 1, …: as PNGs if they are asked for, and as a shard."""
+    for index, image in enumerate(pixels if args.save_images else ()):
+        write_png(png_path(args.save_images, start + index), image)
+    shards.write_shard(Path(args.sample_dir) / "shards", start, pixels, key)
 
 
 def first_tokens(model: SphereAR, init: Images, images: np.ndarray, count: int) -> Tensor:
@@ -377,6 +399,7 @@ def make_receipt(
         "processes": distributed.world_size(),
         "batch_size_per_process": args.per_proc_batch_size,
         "compile": bool(args.compile),
+        "cuda_graphs": bool(args.cuda_graphs),
         "linear_ways": stored.get("linear_ways", {}),
         "images_in_last_run": made,
         "seconds_of_last_run": round(seconds, 2),
@@ -390,18 +413,22 @@ def run(args: argparse.Namespace) -> int:
     device = distributed.init()
     on_gpu = device.type == "cuda"
     script.allow_tf32(products=args.tf32, convolutions=args.tf32)
-    args.per_proc_batch_size = args.per_proc_batch_size or (256 if on_gpu else 16)
     args.mixed_precision = script.choose_precision(args.mixed_precision, device)
+    if args.cuda_graphs and not on_gpu:
+        raise ValueError("--cuda-graphs: needs a GPU; leave it out")
     args.compile = True if on_gpu and args.compile is None else args.compile
+    args.cuda_graphs = on_gpu if args.cuda_graphs is None else args.cuda_graphs
     file = distributed.from_main(lambda: checkpoint_file.examine(args.ckpt))
     with distributed.all_or_none():
         model = load_model(args, file).to(device)
         config, size = model.config, model.config.svae.image_size
         init = open_init_images(args, config) if args.init_images else None
         args.num_fid_samples = args.num_fid_samples or (NUM_SAMPLES if init is None else init.count)
+        args.labels = "arr_1" if init is not None and init.labels is not None and not args.class_ids else args.labels
         labels = labels_of(args, config, init)
     if args.mixed_precision == "bf16":
         graphs.cast_weights(model, torch.bfloat16)
+    args.per_proc_batch_size = args.per_proc_batch_size or default_batch_size(args, config, device)
     trunk, settings = nn.ModuleList([model.layers, model.head]), settings_of(args, config, file.sha256, init)
 
     with ExitStack() as stack:
@@ -413,7 +440,7 @@ def run(args: argparse.Namespace) -> int:
         if plan.missing:
             before = len(labels) - plan.count
             distributed.print0(f"{len(labels)} images, {before} of them finished before, on {device.type}")
-            few_rows.use_ways(trunk, plan.ways, rows_of(args, plan))
+            few_rows.use_ways(trunk, plan.ways, rows_of(args, plan.batch_size))
             sample_batches(args, model, labels, init, plan, run_folder.key_of(settings))
         if distributed.is_main():
             if not Path(args.sample_dir, "samples.npz").exists():

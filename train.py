@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from dataset import ImageDataset, Sample, build_dataset, train_loader
+from dataset.held_out import HeldOut, held_out_indices
 from models import PRESETS, SVAE, SphereAR, SphereARConfig, SVAEConfig
 from models.checkpoint import checkpoint_state, config_from_dict, config_to_dict, from_checkpoint, load_state, own_names
 from models.discriminator import Adversary, PatchDiscriminator
@@ -33,10 +34,12 @@ from models.lpips import LPIPS, vgg_weights
 from models.posteriors import POSTERIORS, Draws
 from models.svae import PROJECTIONS
 from utils import checkpoint_file, distributed, script
+from utils.evaluation.online import Comparison, compare_reconstructions, compare_samples
 from utils.images import to_float
-from utils.provenance import versions
-from utils.sampling.draws import image_noise
-from utils.training.checkpoints import CheckpointFolder, Entry
+from utils.provenance import provenance, versions
+from utils.sampling.draws import image_noise, make_labels
+from utils.training import evaluation, report_page
+from utils.training.checkpoints import CheckpointFolder, Entry, read_back
 from utils.training.compilation import compile_ar, compile_svae
 from utils.training.draws import StepDraws
 from utils.training.ema import EMA
@@ -178,9 +181,26 @@ class SVAEStage(Stage):
         return loss, terms
 
     def preview(self, averaged: SVAE, batch: Sample) -> Tensor:
-        """Images of a batch (upper rows) and their reconstructions from the posterior's mode."""
-        images = self.images(batch)[:NUM_PREVIEWS]
-        return torch.cat([images, averaged.decode(averaged.to_tokens(averaged.encode(images).mode())).float()])
+        """Images of a batch (upper rows) and their reconstructions; each process makes its share."""
+        images = self.images(batch)[: -(-NUM_PREVIEWS // distributed.world_size())]
+        pair = distributed.gather(torch.stack([images, self.reconstruct(averaged, images)]))  # (processes, 2, b, ...)
+        return pair.transpose(0, 1).flatten(1, 2)[:, :NUM_PREVIEWS].flatten(0, 1)
+
+    def reconstruct(self, model: SVAE, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) from the posterior's mode."""
+        with self.autocast:
+            return model.decode(model.to_tokens(model.encode(images).mode())).float()
+
+    def held_out_losses(self, model: SVAE, batch: Sample) -> dict[str, Tensor]:
+        """By log name, without the adversary's, which changes."""
+        images, draws = self.images(batch), evaluation.draws(batch.index.to(self.device))
+        with self.autocast:
+            loss, terms = self.objective(images, *model(images, posterior_draws(model, draws)), weight=0.0)
+        return {"loss": loss, **terms}
+
+    def quality(self, model: SVAE, comparison: Comparison) -> dict[str, float]:
+        """rFID, PSNR and SSIM of reconstructions."""
+        return comparison.reconstructed(partial(self.reconstruct, model))
 
     def finish(self, averaged: Callable, data: ImageDataset, step: int, report: Callable[[str], None]) -> None:
         """Measure the shift and scale of flat latents, which the AR model will need."""
@@ -189,7 +209,7 @@ class SVAEStage(Stage):
             return
         mine = Subset(data, range(min(len(data), NUM_MEASURED))[distributed.rank() :: distributed.world_size()])
         batches = DataLoader(mine, MEASURED_AT_ONCE, generator=torch.Generator())  # else it draws from torch's own
-        with averaged() as model:
+        with averaged() as model, self.autocast:
             found = measure_scale(
                 model.encode(self.images(batch)).sample_from(posterior_draws(model, self.draws(batch, step)))
                 for batch in batches
@@ -214,39 +234,62 @@ class ARStage(Stage):
             compile_ar(model)
 
     def backward(self, batches: list[Sample], step: int) -> dict[str, Tensor]:
-        share, totals, config = 1 / len(batches), {}, self.model.config
+        share, totals = 1 / len(batches), {}
         for i, batch in enumerate(batches):
-            label, draws = batch.label.to(self.device, non_blocking=True), self.draws(batch, step)
-            label = label.where(~draws.is_dropped(config.class_dropout_prob), config.null_class)
-            t = draws.flow_times(config.diffusion_batch_mul, config.num_tokens)
-            noise = draws.flow_noise(config.diffusion_batch_mul, config.num_tokens, config.latent_dim)
             with self.player.reduces(is_last=i == len(batches) - 1):
-                with self.autocast:
-                    loss = self.player(self.tokens(self.images(batch), draws), label, t, noise)
+                draws, dropout = self.draws(batch, step), self.model.config.class_dropout_prob
+                loss = self.loss(self.player, self.model.vae, batch, draws, dropout)
                 self.player.backward(share * loss)
             add_to(totals, share, ar_loss=loss)
         return totals
 
+    def loss(self, model: Callable, vae: SVAE, batch: Sample, draws: StepDraws, class_dropout: float) -> Tensor:
+        """The AR loss of a model, or of what trains it, on a batch of images that are tokens by `vae`."""
+        config, label = self.model.config, batch.label.to(self.device, non_blocking=True)
+        label = label.where(~draws.is_dropped(class_dropout), config.null_class)
+        t = draws.flow_times(config.diffusion_batch_mul, config.num_tokens)
+        noise = draws.flow_noise(config.diffusion_batch_mul, config.num_tokens, config.latent_dim)
+        with self.autocast:
+            return model(self.tokens(vae, self.images(batch), draws), label, t, noise)
+
+    def held_out_losses(self, model: SphereAR, batch: Sample) -> dict[str, Tensor]:
+        """By log name; with every label."""
+        return {"ar_loss": self.loss(model, model.vae, batch, evaluation.draws(batch.index.to(self.device)), 0.0)}
+
     @torch.no_grad()
-    def tokens(self, images: Tensor, draws: StepDraws) -> Tensor:
+    def tokens(self, vae: SVAE, images: Tensor, draws: StepDraws) -> Tensor:
         """Latent tokens (B, P, C): a sample of the frozen S-VAE's posterior."""
-        vae = self.model.vae
         return vae.to_tokens(vae.encode(images).sample_from(posterior_draws(vae, draws)))
 
     def check_continues(self, state: dict) -> None:
         for name, value in self.model.vae.state_dict().items():
-            if not torch.equal(value.cpu(), state["model"][f"vae.{name}"]):
+            theirs = state["model"].get(f"vae.{name}")
+            if not isinstance(theirs, Tensor) or not torch.equal(value.cpu(), theirs):
                 raise ValueError(
                     f"--trained-vae {self.args.trained_vae}: other weights than those that the run in --results-dir "
                     f"{self.args.results_dir} is trained on; name that S-VAE, or another --results-dir"
                 )
 
     def preview(self, averaged: SphereAR, batch: Sample) -> Tensor:
-        """Samples of the classes 0, 1, 2, … with guidance, the same noise every time."""
-        images = torch.arange(NUM_PREVIEWS, device=self.device)
-        noise = image_noise(self.args.global_seed, images, PREVIEW_SETTINGS.num_noise, averaged.config.latent_dim)
-        tokens = generate_tokens(averaged, images % averaged.config.num_classes, PREVIEW_SETTINGS, noise)
-        return torch.cat(list(decode(averaged, tokens))).float()
+        """Samples of the classes 0, 1, 2, … with guidance; each process makes its share."""
+        share = -(-NUM_PREVIEWS // distributed.world_size())
+        images = torch.arange(share, device=self.device) + share * distributed.rank()
+        mine = self.samples(averaged, images, images % averaged.config.num_classes, PREVIEW_SETTINGS)
+        return distributed.gather(mine).flatten(0, 1)[:NUM_PREVIEWS]
+
+    def samples(self, model: SphereAR, images: Tensor, labels: Tensor, settings: SamplingSettings) -> Tensor:
+        """Images (B, 3, S, S) of these numbers and labels, the same noise every time."""
+        noise = image_noise(self.args.global_seed, images, settings.num_noise, model.config.latent_dim)
+        with self.autocast:
+            return torch.cat(list(decode(model, generate_tokens(model, labels, settings, noise)))).float()
+
+    def quality(self, model: SphereAR, comparison: Comparison) -> dict[str, float]:
+        """FID and MIND of the samples that sample_ddp.py makes with --labels balanced of this model's checkpoint."""
+        seed, count, num_classes = self.args.global_seed, self.args.eval_samples, model.config.num_classes
+        labels = torch.from_numpy(make_labels("balanced", count, num_classes, seed)).to(self.device)
+        settings = dataclasses.replace(PREVIEW_SETTINGS, cfg_scale=self.args.eval_cfg_scale)
+        comparison.receipt["samples"] = {"images": count, "seed": seed, **dataclasses.asdict(settings)}
+        return comparison.generated(lambda images: self.samples(model, images, labels[images], settings), count)
 
 
 # ---- what a checkpoint holds -----------------------------------------------------------------------------------------
@@ -289,15 +332,12 @@ def restore(checkpoints: CheckpointFolder, stage: Stage, entries: dict[str, Entr
     if path is None:
         return
     with distributed.all_or_none():
-        state = checkpoint_file.read(path)
-        config_before = config_to_dict(config_from_dict(state["config"]))  # with fields that it did not have then
-        notes = check_same_run(path, state["args"], args, config_before, config_to_dict(stage.model.config))
+        state, config_before = checkpoint_file.load(path, lambda state: (state, config_from_dict(state["config"])))
+        # with fields that it did not have then
+        configs = config_to_dict(config_before), config_to_dict(stage.model.config)
+        notes = check_same_run(path, state["args"], args, *configs)
         stage.check_continues(state)
-        needed = {name: entry.read for name, entry in entries.items() if entry.read is not None}
-        if missing := sorted(needed.keys() - state.keys()):
-            raise ValueError(f"{path}: lacks {', '.join(missing)}; move it away to continue from the one before")
-        for name, read in needed.items():
-            read(state[name])
+        read_back(entries, state, path)
     distributed.from_main(lambda: checkpoints.continue_from(path))
     for note in notes:
         distributed.print0(note)
@@ -312,12 +352,15 @@ def averaged(stage: Stage, ema: EMA | None) -> Iterator[nn.Module]:
     model = copy.deepcopy(stage.model).eval()
     if ema is not None:
         model.load_state_dict(ema.state_dict(), strict=False)
-    with torch.no_grad(), stage.autocast:
+    with torch.no_grad():
         yield model
 
 
-def build(args: argparse.Namespace, device: torch.device) -> tuple[Stage, ImageDataset]:
-    """The stage and the data that the flags ask for. An error of one process is raised on all."""
+def build(args: argparse.Namespace, device: torch.device) -> tuple[Stage, ImageDataset, HeldOut, Comparison | None]:
+    """What the flags ask for: the stage, its data, those left out, and what its images are compared with.
+
+    An error of one process is raised on all.
+    """
     vae = None if args.vae_only else load_svae(args.trained_vae)
     with distributed.all_or_none():
         preset = PRESETS[args.model]
@@ -327,7 +370,14 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[Stage, ImageD
             num_classes=preset.num_classes if args.num_classes is None else args.num_classes,
             seed=args.global_seed, flip=not args.no_flip,
         )  # fmt: skip
-    return SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, device), data
+    left_out = HeldOut(data, held_out_indices(len(data), args.held_out))
+    comparison = None
+    if args.eval_every and args.vae_only:
+        comparison = compare_reconstructions(args.eval_reference, left_out, args.eval_samples, data.image_size, device)
+    elif args.eval_reference is not None:
+        comparison = compare_samples(args.eval_reference, device)
+    stage = SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, device)
+    return stage, data, left_out, comparison
 
 
 def train(args: argparse.Namespace, stack: ExitStack) -> int:
@@ -342,9 +392,9 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
 
     checkpoints = CheckpointFolder(Path(args.results_dir, "checkpoints"), report=script.warn)
     distributed.from_main(lambda: checkpoints.open(stack))
-    stage, data = build(args, device)
+    stage, data, left_out, comparison = build(args, device)
     args.num_pictures = len(data)  # the name that it has in checkpoints
-    steps_per_epoch = len(data) // args.global_batch_size
+    steps_per_epoch = (len(data) - args.held_out) // args.global_batch_size
     progress = Progress(check_run(args, steps_per_epoch), steps_per_epoch)
     ema = EMA(stage.model.named_parameters(), args.ema) if args.ema > 0 else None
     entries = checkpoint_entries(stage, ema, progress, args)
@@ -354,8 +404,9 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
     loader = train_loader(
         data, global_batch_size=args.global_batch_size, batch_size=batch_size, seed=args.global_seed,
         start_step=progress.step, num_steps=progress.total_steps, rank=distributed.rank(), world_size=args.world_size,
-        num_workers=args.num_workers, aug_decay_start=args.aug_decay_start_epoch, pin_memory=is_cuda,
-        aug_decay_end=args.aug_decay_end_epoch, max_bad_share=args.max_bad_share, report=script.warn,
+        held_out=left_out.indices, num_workers=args.num_workers, aug_decay_start=args.aug_decay_start_epoch,
+        aug_decay_end=args.aug_decay_end_epoch, pin_memory=is_cuda, max_bad_share=args.max_bad_share,
+        report=script.warn,
     )  # fmt: skip
     schedule = partial(
         learning_rate, lr=args.lr, min_lr=args.min_lr, warmup_steps=args.warmup_steps, decay_start=args.decay_start,
@@ -374,15 +425,20 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
     tracker = stack.enter_context(Tracker(Path(args.results_dir), progress, args.global_batch_size, report=script.warn))
     stack.enter_context(checkpoints)
     parts = stack.enter_context(closing(iter(loader)))
+    with_average = partial(averaged, stage, ema)
+    evaluates = evaluation.Evaluation(stage, left_out, comparison, tracker, with_average, args.eval_every)
     trainable = sum(weight.numel() for weight in stage.players[0].weights)
     tracker.print(
         f"{args.model} {'S-VAE' if args.vae_only else 'AR'}, {trainable:,} trainable parameters, precision "
-        f"{args.mixed_precision}; {len(data):,} images, {steps_per_epoch} steps per epoch; {progress.step} of "
-        f"{progress.total_steps} steps done; batch {args.global_batch_size} = {args.world_size} processes "
-        f"({device.type}) x {args.grad_accum_steps} parts x {batch_size}"
+        f"{args.mixed_precision}; {len(data) - args.held_out:,} images, {steps_per_epoch} steps per epoch; "
+        f"{progress.step} of {progress.total_steps} steps done; batch {args.global_batch_size} = {args.world_size} "
+        f"processes ({device.type}) x {args.grad_accum_steps} parts x {batch_size}"
     )
+    tracker.record("run", {"settings": vars(args), "trainable_parameters": trainable, **provenance(device)})
     if progress.is_done:
         tracker.print("nothing is left to do; more --epochs or --max-steps would continue")
+    if evaluates.is_due():  # a signal came before
+        evaluates.run()
     stopped = False
     while not progress.is_done and not stopped:
         batches = [next(parts) for _ in range(loader.batches_per_step)]
@@ -400,26 +456,31 @@ def train(args: argparse.Namespace, stack: ExitStack) -> int:
         stopped = preemption.requested()
         step, ends_epoch, is_end = progress.step, progress.step_in_epoch == 0, progress.is_done or stopped
         if step % args.log_every == 0 or is_end:
-            stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
+            stop_if_broken(tracker, checkpoints, args.max_skipped_steps, args.mixed_precision)
             tracker.log(lr)
-        if args.sample_every and step % args.sample_every == 0 and distributed.is_main():
-            with averaged(stage, ema) as model:
+        if args.sample_every and step % args.sample_every == 0:
+            with tracker.pause(), with_average() as model:
                 tracker.image("images", stage.preview(model, batches[0]))
         if progress.is_done:
-            stage.finish(partial(averaged, stage, ema), data, step, tracker.print)
+            stage.finish(with_average, data, step, tracker.print)
         if step % args.save_every == 0 or ends_epoch or is_end:
-            skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps)
+            skipping = stop_if_broken(tracker, checkpoints, args.max_skipped_steps, args.mixed_precision)
             if not stage.has_finite_weights():
-                stop(checkpoints, f"weights are not finite after step {step}, though their gradients were")
+                what = f"weights are not finite after step {step}, though their gradients were"
+                stop(checkpoints, what, args.mixed_precision)
             kept = ends_epoch and bool(args.keep_freq) and progress.epoch % args.keep_freq == 0
             if distributed.is_main() and (is_end or kept or not skipping):
                 save(progress.epoch if kept else None)
+        if not stopped and evaluates.is_due():
+            evaluates.run()
 
     saved = checkpoints.wait()
     if stopped:
         newest = f"step {progress.step}" if saved else checkpoints.good[-1].name if checkpoints.good else "the start"
         tracker.print(f"stopped by a signal after step {progress.step}; the same command continues from {newest}")
     stack.close()
+    if not stopped and distributed.is_main():
+        report_page.write_or_say_why_not(Path(args.results_dir), script.warn)
     distributed.barrier()
     return preemption.exit_code if stopped else script.DONE if saved else script.FAILED
 
@@ -436,7 +497,7 @@ def main(argv: list[str] | None = None) -> int:
     return script.run(
         "train.py", parse, body, argv,
         when_stopped="the same command continues from the last checkpoint, if there is one",
-        out_of_memory="Raise --grad-accum-steps (same update, less memory), or add --grad-checkpointing.",
+        out_of_memory="Raise --grad-accum-steps (same update, less memory), add --grad-checkpointing, or take less.",
     )  # fmt: skip
 
 

@@ -347,15 +347,18 @@ def report(name: str, out: Path) -> None:
         raise ValueError(f"--out {out}: has no results of {name}; leave out --report to make them")
     floor = read_json(out / name / "floor.json", "remove it, and leave out --report once")
     level = SUITES[name].level
-    ablation_report.draw(PICTURES / f"ablation_{name}.png", results, floor, level)
+    pictures = {"Frontiers of all variants": PICTURES / f"ablation_{name}.png"}
+    ablation_report.draw(pictures["Frontiers of all variants"], results, floor, level)
     for variant in PROBED:
         if variant in results:
-            path = PICTURES / f"ablation_{name}_{variant}.png"
+            path = pictures[f"The probe of {variant}"] = PICTURES / f"ablation_{name}_{variant}.png"
             collapse.draw(path, results[variant][0]["probe"], PRESETS["SphereAR-Nano"].radius)
     runs = [run for found in results.values() for run in found]
     commits = ", ".join(sorted({str(run["commit"])[:12] for run in runs}))
     made_by = f"{len(runs)} runs; {floor['device']}, torch {floor['versions']['torch']}, commit {commits}."
-    ablation_report.write_between(DOCUMENT, name, f"{ablation_report.table(results, floor, level)}\n\n{made_by}")
+    shown = "\n\n".join(f"![{title}](../{path.parent.name}/{path.name})" for title, path in pictures.items())
+    text = f"{ablation_report.table(results, floor, level)}\n\n{made_by}\n\n{shown}"
+    ablation_report.write_between(DOCUMENT, name, text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

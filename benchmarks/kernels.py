@@ -11,11 +11,13 @@ times. Results go to benchmarks/results/kernels.json.
 
 import argparse
 import copy
+import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -28,17 +30,24 @@ from torch._inductor import compile_fx, config, graph
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import models  # noqa: E402
+from benchmarks.sampling import straightforward_phases  # noqa: E402
 from benchmarks.training import Ours, Straightforward  # noqa: E402
 from dataset import Sample  # noqa: E402
-from models import PRESETS, SphereAR, SphereARConfig  # noqa: E402
+from models import PRESETS, Phases, SamplingSettings, SphereAR, SphereARConfig  # noqa: E402
 from utils.files import read_json, write_json  # noqa: E402
+from utils.noise import normals  # noqa: E402
 from utils.provenance import provenance  # noqa: E402
+from utils.sampling.draws import compiled_normals, image_noise  # noqa: E402
+from utils.sampling.graphs import compile_pieces, static_phases  # noqa: E402
 from utils.training.compilation import compile_ar  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/kernels.json"
+GUIDED = SamplingSettings()
 H100 = SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536,
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32, total_memory=80 * 2**30,
@@ -55,7 +64,7 @@ NO_KERNEL = {  # beside views
 
 
 class Kernels(TorchDispatchMode):
-    """Counts, inside `fake_gpu`, the kernels of what runs: `eager` by operator, `compiled` by name in its code."""
+    """Counts, in `fake_gpu`, the kernels of what runs: `eager` by operator, `compiled` by name in Inductor's code."""
 
     def __init__(self):
         super().__init__()
@@ -94,12 +103,16 @@ class Kernels(TorchDispatchMode):
         finally:
             self._inside = False
 
+        made = []
+
         def run(arguments: list) -> object:
-            arguments, before = tuple(arguments), self._inside
+            before, self._inside = self._inside, True
             self.compiled += kernels
-            self._inside = True
             try:
-                return same(*arguments)
+                if not made:  # later calls make the same, without going through the graph
+                    made.append(same(*arguments))
+                    return made[0]
+                return tree_map_only(Tensor, lambda x: x.new_empty_strided(x.shape, x.stride()), made[0])
             finally:
                 self._inside = before
 
@@ -108,7 +121,7 @@ class Kernels(TorchDispatchMode):
 
 
 def _on_gpu(result: object, device: str) -> bool:
-    leaves = torch.utils._pytree.tree_leaves(result)
+    leaves = tree_leaves(result)
     return any(leaf.device.type == device for leaf in leaves if isinstance(leaf, Tensor))
 
 
@@ -155,9 +168,26 @@ def moved_to_gpu(module: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.G
     return module, inputs
 
 
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """What PyTorch's SDPA runs on a GPU: FlashAttention, or, for a mask or float32, the memory-efficient kernel. Where
+    there is no GPU to ask, it would choose the plain formula."""
+    if attn_mask is None and q.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    if attn_mask is not None:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
+        attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, False, 0.0, is_causal)[0]
+
+
+def flash_stand_in(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return fused_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal).transpose(1, 2)
+
+
 @contextmanager
 def fake_gpu() -> Iterator[Kernels]:
-    """Inside, tensors on "cuda" are fake; torch.compile generates code for an H100 and runs none; all is counted."""
+    """Inside, tensors on "cuda" are fake, torch.compile generates an H100's code and runs none, and all is counted."""
     answers = {
         "get_device_properties": lambda device=None: H100,
         "get_device_capability": lambda device=None: (H100.major, H100.minor),
@@ -179,8 +209,14 @@ def fake_gpu() -> Iterator[Kernels]:
         stack.enter_context(patch("torch._inductor.scheduler.has_triton", lambda: True))
         stack.enter_context(patch("torch.utils._triton.triton_hash_with_backend", lambda: "none"))
         stack.enter_context(patch.object(compile_fx, "compile_fx", compile_counted))
-        stack.enter_context(config.patch(fx_graph_cache=False, compile_threads=1))
+        stack.enter_context(patch.object(nn.functional, "scaled_dot_product_attention", fused_attention))
+        stack.enter_context(
+            config.patch(
+                fx_graph_cache=False, compile_threads=1, joint_graph_constant_folding=False
+            )  # it would compute
+        )
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         stack.callback(torch._dynamo.reset)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         stack.enter_context(kernels)
@@ -204,33 +240,87 @@ def fake_model(model_config: SphereARConfig, dtype: torch.dtype = torch.bfloat16
 # ---- what is counted ---------------------------------------------------------------------------------------------
 
 
-def sampling(name: str) -> dict:
-    """Kernels per head evaluation, per decode step and per token."""
-    from torch import autocast
+class _Enough(Exception):
+    pass
 
-    with fake_gpu() as kernels:
-        model = fake_model(PRESETS[name])
-        net, width = model.head.net, model.config.head_width
-        with torch.no_grad(), autocast("cuda", torch.bfloat16):
-            x, modulation = torch.randn(512, 16, device="cuda"), net.modulation(torch.randn(512, width, device="cuda"))
-            before = kernels.total
-            torch.compile(net, dynamic=False)(x, modulation)
-            return {"network": kernels.total - before}
+
+def sampling(name: str, batch: int = 256, tokens: int = 3, settings: SamplingSettings = GUIDED) -> dict:
+    """Kernels of a token (the last of `tokens`) of the published sampler with guidance, under bf16 autocast.
+
+    ours: as sample_ddp.py runs on a GPU, which replays most of them in two CUDA graphs; with flash-attn: the same where
+    that package is (its kernel stood in for by an operator without content); straightforward: velocity network with its
+    embeddings, and blocks, compiled, all else eager (benchmarks/sampling.py). graph_breaks shall be 0, and what is
+    recompiled behind the first guided token too.
+    """
+    counts = {}
+    for kind in ("ours", "ours with flash-attn", "straightforward"):
+        with (
+            fake_gpu() as kernels,
+            patch("models.layers.flash_attn_func", flash_stand_in if "flash" in kind else None),
+            torch.no_grad(),
+            torch.autocast("cuda", torch.bfloat16),
+        ):
+            model = fake_model(PRESETS[name], torch.float32 if kind == "straightforward" else torch.bfloat16)
+            images, last = torch.arange(batch, device="cuda"), {}
+
+            def counted(what: str, function: Callable, kernels: Kernels = kernels, last: dict = last) -> Callable:
+                def call(*args: object, **options: object) -> object:
+                    before = kernels.total
+                    result = function(*args, **options)
+                    last[what] = kernels.total - before
+                    return result
+
+                return call
+
+            if kind != "straightforward":
+                evaluation = counted("head evaluation", compile_pieces(model))
+                phases, draw = Phases.of(model, settings, evaluation), compiled_normals()
+                phases = static_phases(phases, model.config.num_class_tokens, cuda_graphs=False)
+            else:
+                for block in model.layers:
+                    block.compile(dynamic=False)
+                phases, draw = straightforward_phases(model, torch.compile), normals
+            phases = replace(
+                phases,
+                sample_token=counted("head", phases.sample_token),
+                decode_step=counted("decode step", phases.decode_step),
+            )
+            noise = counted("noise", image_noise(0, images, settings.num_noise, model.config.latent_dim, draw))
+            totals, graphs = [], []
+
+            def observe(
+                position: int, *_: Tensor, kernels: Kernels = kernels, totals: list = totals, graphs: list = graphs
+            ) -> None:
+                totals.append(kernels.total)
+                graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+                if position + 1 == tokens:
+                    raise _Enough
+
+            with suppress(_Enough):
+                models.generate_tokens(model, images, settings, noise, phases, observe)
+            breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+            counts[kind] = {
+                **last, "token": totals[-1] - totals[-2], "graph_breaks": breaks, "recompiled": graphs[-1] - graphs[1],
+            }  # fmt: skip
+            if kind == "ours":
+                before = kernels.total
+                list(
+                    models.decode(
+                        model, torch.zeros(batch, model.config.num_tokens, model.config.latent_dim, device="cuda")
+                    )
+                )
+                counts[kind]["decoder"] = kernels.total - before
+    return counts
 
 
 @contextmanager
 def cpu_for_gpu() -> Iterator[None]:
     """Inside, fake CPU tensors are trained as a GPU's would be: torch's engine refuses a GPU that is not there.
 
-    Attention is FlashAttention, and operators over lists of tensors are chosen as on a GPU. Autocast follows the CPU's
-    list of operators.
+    Operators over lists of tensors are chosen as on a GPU. Autocast follows the CPU's list of operators.
     """
-
-    def flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-
     with (
-        patch.object(nn.functional, "scaled_dot_product_attention", flash),
+        patch.object(nn.functional, "scaled_dot_product_attention", fused_attention),
         patch.object(Tensor, "item", lambda self: 1.0),  # the loss, for a log; Adam's step
         patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True),
         patch("torch.optim.adam._default_to_fused_or_foreach", lambda *_, **__: (False, True)),
@@ -293,13 +383,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=sizes)
     parser.add_argument("--what", nargs="+", choices=list(COUNTS), default=list(COUNTS))
     options = parser.parse_args()
-    report = read_json(RESULTS, "remove it") if RESULTS.exists() else {}
     for what in options.what:
-        counts = {name: COUNTS[what](name) for name in options.models}
-        report[what] = {"made_by": provenance(torch.device("cpu")), "kernels": counts}
-        for name, found in counts.items():
-            print(f"{what}, {name}: {found}")
-    write_json(RESULTS, report)
+        for name in options.models:
+            found = COUNTS[what](name)
+            print(f"{what}, {name}: {json.dumps(found, indent=2)}", flush=True)
+            report = read_json(RESULTS, "remove it") if RESULTS.exists() else {}
+            kernels = report.get(what, {}).get("kernels", {})
+            report[what] = {"made_by": provenance(torch.device("cpu")), "kernels": {**kernels, name: found}}
+            write_json(RESULTS, report)
 
 
 if __name__ == "__main__":

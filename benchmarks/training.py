@@ -10,6 +10,7 @@ Both run in turns in one process. Results go to benchmarks/results/training.json
 import argparse
 import copy
 import json
+import os
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from models import PRESETS, SphereAR  # noqa: E402
 from models.flow import interpolate  # noqa: E402
 from models.posteriors import Draws  # noqa: E402
 from utils import script  # noqa: E402
+from utils.files import write_json  # noqa: E402
 from utils.images import to_float  # noqa: E402
 from utils.provenance import provenance  # noqa: E402
 from utils.training.compilation import compile_ar  # noqa: E402
@@ -222,7 +224,7 @@ def main() -> None:
     ceiling = matmul_ceiling(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     result = {
         "model": options.model, "batch_size": batch_size, "precision": precision, "compile": options.compile,
-        "made_by": provenance(device),
+        "made_by": {**provenance(device), "load_average": os.getloadavg()},
         "images_per_second": {key: batch_size / value for key, value in medians.items()},
         "times_faster": medians["straightforward"] / medians["ours"],
         "step_ms": {key: 1e3 * value for key, value in medians.items()},
@@ -232,11 +234,8 @@ def main() -> None:
         "share_of_ceiling": flop * batch_size / medians["ours"] / ceiling,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }  # fmt: skip
-    text = json.dumps(result, indent=2)
-    print(text)
-    path = ROOT / "benchmarks/results/training.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    print(json.dumps(result, indent=2))
+    write_json(ROOT / "benchmarks/results/training.json", result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dataset.decode import BadImage, decode
 from dataset.imagenet import MAX_BAD_SHARE, ImageDataset, open_source
-from dataset.loader import read_batches
+from dataset.loader import MAX_WORKERS, read_batches
 from utils.files import printable
 
 
@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that the terminal has not
     try:
+        if not 0 <= args.num_workers <= MAX_WORKERS:
+            raise ValueError(f"--num-workers {args.num_workers} must lie in [0, {MAX_WORKERS}]")
         return check(args.data_path, args.num_classes, args.num_workers)
     except (ValueError, OSError) as error:
         print(f"dataset.check: error: {printable(str(error))}", file=sys.stderr)

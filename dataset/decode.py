@@ -23,6 +23,7 @@ from torchvision.io import decode_jpeg
 from utils.files import printable
 
 MAX_PIXELS = 100_000_000  # more is a damaged header or an attack; ImageNet's largest has 61 million
+MAX_BYTES = 3 * MAX_PIXELS + 2**20  # of a file: so many pixels uncompressed, and something about them
 MAX_ASPECT = 100  # longer side / shorter side; beyond it the resized image would not fit in memory
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 DAMAGE = re.compile(rb"(?:Corrupt JPEG data: |(?=Premature end of JPEG))(.*)\n")  # libjpeg's warnings about that

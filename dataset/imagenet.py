@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.decode import BadImage, as_pillow, decode
+from dataset.decode import MAX_BYTES, BadImage, as_pillow, decode
 from dataset.draws import crop_draws, replacement
 from dataset.tar_index import IMAGE_SUFFIXES, load_index, member_name
 from dataset.transforms import Window, center_window, crop_exact, crop_fast, random_window
@@ -70,8 +70,10 @@ class TarSource:
         return len(self.offsets)
 
     def read(self, index: int) -> bytes:
-        """The bytes of an image's file. BadImage where the disk cannot read them, OSError where the tar has changed."""
+        """The bytes of an image's file. BadImage where they are too many, or the disk cannot read them; OSError where
+        the tar has changed."""
         size = int(self.sizes[index])
+        _require_sane(size)
         try:
             data = os.pread(self._fd, size, int(self.offsets[index]))
         except OSError as error:
@@ -136,9 +138,11 @@ class FolderSource:
         path = self.path / self.classes[label] / self.file_name(index)
         try:
             with open(path, "rb", opener=_open_at_once) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
                     raise BadImage("no regular file")
-                return file.read()
+                _require_sane(status.st_size)
+                return file.read(MAX_BYTES)
         except OSError as error:
             if error.errno in OURS:
                 raise
@@ -148,6 +152,12 @@ class FolderSource:
 
     def file_name(self, index: int) -> str:
         return os.fsdecode(self._names[self._name_ends[index] : self._name_ends[index + 1]])
+
+
+def _require_sane(size: int) -> None:
+    """BadImage for a file of so many bytes that it is not read: it may be sparse, and have more than the memory."""
+    if size > MAX_BYTES:
+        raise BadImage(f"more than {MAX_BYTES} bytes")
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -18,6 +19,8 @@ from dataset.draws import epoch_order
 from dataset.imagenet import MAX_BAD_SHARE, CropKey, ImageDataset, Sample
 
 PREFETCH_BATCHES = 4  # per worker
+NOTHING = np.empty(0, int)
+MAX_WORKERS = 1024
 WORKER_DIED = "DataLoader worker (pid", "Pin memory thread exited"  # how torch's RuntimeErrors about that begin
 
 
@@ -83,10 +86,11 @@ class _StepSampler:
     first: int
     share: int
     aug_decay: tuple[int, int]
+    held_out: np.ndarray
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.dataset) // self.global_batch_size
+        return (len(self.dataset) - len(self.held_out)) // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[CropKey]]:
         current = None
@@ -94,6 +98,7 @@ class _StepSampler:
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 current, order = epoch, epoch_order(self.seed, epoch, len(self.dataset))
+                order = order[~np.isin(order, self.held_out)]
                 probability = crop_probability(epoch, *self.aug_decay)
             first = step_in_epoch * self.global_batch_size + self.first
             for start in range(first, first + self.share, self.batch_size):
@@ -113,6 +118,7 @@ def train_loader(
     num_workers: int = 0,
     aug_decay_start: int = 350,
     aug_decay_end: int = 375,
+    held_out: np.ndarray = NOTHING,
     max_bad_share: float = MAX_BAD_SHARE,
     pin_memory: bool = False,
     report: Callable[[str], None] = print,
@@ -120,8 +126,8 @@ def train_loader(
     """Micro-batches of `batch_size` images for steps start_step .. num_steps - 1 (incomplete ones left out).
 
     global_batch_size = world_size * batch_size * gradient accumulation, at most the images there are. `report` gets
-    one line per bad image. Raises ValueError, naming the flag, for steps or epochs in the wrong order; while iterating,
-    when too many images are bad.
+    one line per bad image. The images at the places `held_out` are left out. Raises ValueError, naming the flag, for
+    steps or epochs in the wrong order; while iterating, when too many images are bad.
     """
     if not 0 <= start_step <= num_steps:
         raise ValueError(f"start step {start_step} is not within 0 .. {num_steps} steps; raise --epochs or --max-steps")
@@ -140,6 +146,7 @@ def train_loader(
         rank * share,
         share,
         (aug_decay_start, aug_decay_end),
+        held_out,
     )
     return TrainLoader(dataset, sampler, max_bad_share, num_workers, pin_memory, report)
 

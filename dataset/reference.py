@@ -4,6 +4,7 @@ python -m dataset.reference DATA --image-size 256 --out REF.npz
 """
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.imagenet import MAX_BAD_SHARE, ImageDataset, open_source
-from dataset.loader import read_batches
+from dataset.loader import MAX_WORKERS, read_batches
 from utils.files import atomic_file, printable
 
 BATCH_SIZE = 32
@@ -27,7 +28,7 @@ def write_reference(data_path: str | Path, image_size: int, out: str | Path, num
     in training, and named on stderr. Raises ValueError where OUT is there, has no room, or too many images are bad.
     """
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"--out {out} is there already; remove it, or choose another name")
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} must end in .npz")
@@ -36,7 +37,7 @@ def write_reference(data_path: str | Path, image_size: int, out: str | Path, num
     needed, free = len(data) * image_size**2 * 3, shutil.disk_usage(out.parent).free
     if needed > free:
         raise ValueError(f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; choose another disk")
-    with atomic_file(out) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic_file(out, new=True) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:  # ZipInfo: carries no date
             shape = len(data), image_size, image_size, 3
             np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -74,9 +75,12 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, _stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # paths may have letters that the terminal has not
     try:
-        for flag, value, least in (("--image-size", args.image_size, 1), ("--num-workers", args.num_workers, 0)):
-            if value < least:
-                raise ValueError(f"{flag} {value} must be at least {least}")
+        for flag, value, least, most in (
+            ("--image-size", args.image_size, 1, 2**13),
+            ("--num-workers", args.num_workers, 0, MAX_WORKERS),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{flag} {value} must lie in [{least}, {most}]")
         write_reference(args.data_path, args.image_size, args.out, args.num_workers)
     except (ValueError, OSError) as error:
         print(f"dataset.reference: error: {printable(str(error))}", file=sys.stderr)

@@ -14,7 +14,6 @@ import io
 import json
 import sys
 import tarfile
-import zipfile
 import zlib
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.imagenet import ImageDataset, open_source
-from utils.files import atomic_file, printable
+from utils.files import NPZ_FAULTS, atomic_file, printable
 
 REFERENCE_PER_DIGIT = 50  # images of each digit that the metrics compare with
 DIGITS = "data/data/mnist_5k.csv.gz"  # 5,000 rows: 784 grey levels, then the digit
@@ -58,10 +57,12 @@ def write_toy(out: str | Path, count: int = 5000) -> tuple[Path, Path]:
     images, labels = images[keep], labels[keep]
     shown = first_of_each(labels, REFERENCE_PER_DIGIT)
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(tar) as file:
-        _write_tar(file, images, labels)
-    with atomic_file(reference) as file:
-        np.savez(file, arr_0=np.repeat(images[shown][..., None], 3, axis=3), arr_1=labels[shown])
+    if not tar.exists():
+        with atomic_file(tar, new=True) as file:
+            _write_tar(file, images, labels)
+    if not reference.exists():
+        with atomic_file(reference, new=True) as file:
+            np.savez(file, arr_0=np.repeat(images[shown][..., None], 3, axis=3), arr_1=labels[shown])
     return tar, reference
 
 
@@ -147,7 +148,7 @@ def class_agreement(data_path: str | Path, samples: str | Path) -> float:
     try:
         with np.load(samples, allow_pickle=False) as arrays:
             generated, asked = arrays["arr_0"], arrays["arr_1"]
-    except (ValueError, KeyError, IndexError, TypeError, EOFError, AttributeError, zipfile.BadZipFile):
+    except NPZ_FAULTS:
         raise ValueError(f"{samples}: needs arr_0 (images) and arr_1 (labels), undamaged") from None
     is_square = generated.ndim == 4 and generated.shape[1] == generated.shape[2] > 0 and generated.shape[3] == 3
     if not is_square or generated.dtype != np.uint8 or asked.shape != (len(generated),) or asked.dtype.kind not in "iu":

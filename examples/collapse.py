@@ -7,6 +7,7 @@ the norm before the projection, the deviation between images and the cosine betw
 """
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def draw(path: Path, records: list[dict], radius: float) -> None:
         axis.set_xlabel("token")
     axes[0].axhline(radius, color="grey", linewidth=0.8)
     axes[1].legend(fontsize=7)
-    with atomic_file(path) as file:
+    with atomic_file(path, new=True) as file:
         figure.savefig(file, format="png", dpi=130)
     pyplot.close(figure)
 
@@ -94,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--ckpt {args.ckpt} is an S-VAE; this needs a SphereAR checkpoint")
     if not Path(args.out).parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    for path in (Path(f"{args.out}.json"), Path(f"{args.out}.png")):
+        if os.path.lexists(path):
+            raise ValueError(f"--out {args.out}: {path} is there already; remove it, or choose another name")
     records = measure(model, args.cfg_scales, args.num_images, args.num_sampling_steps, args.global_seed)
     record = {
         "checkpoint": args.ckpt,
@@ -102,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         **provenance.provenance(torch.device("cpu")),
         "tokens": records,
     }
-    write_json(Path(f"{args.out}.json"), record)
+    write_json(Path(f"{args.out}.json"), record, new=True)
     draw(Path(f"{args.out}.png"), records, model.config.radius)
     print(f"{args.out}.json, {args.out}.png")
     return script.DONE

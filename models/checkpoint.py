@@ -13,7 +13,7 @@ from models.spherear import PRESETS, SphereAR, SphereARConfig
 from models.svae import SVAE, SVAEConfig
 
 Config = SVAEConfig | SphereARConfig
-MAX_SIZE = 2**20  # of a whole number in a config
+MAX_SIZE, MAX_FLOAT = 2**20, 1e30  # of whole and other numbers in a config
 SIZE = "num_layers", "width", "head_blocks", "head_width", "head_adaln_sets"  # of a preset, as the weights show it
 
 
@@ -44,7 +44,8 @@ def _checked(kind: type[Config], values: dict) -> Config:
         if field.type in (int, tuple[int, ...]):
             is_right = all(type(part) is int and 1 <= part <= MAX_SIZE for part in parts)
         elif field.type in (float, float | None):
-            is_right = type(value) in (int, float) or (value is None and field.type is not float)
+            is_number = type(value) in (int, float) and -MAX_FLOAT < value < MAX_FLOAT
+            is_right = is_number or (value is None and field.type is not float)
         else:
             is_right = isinstance(value, field.type)
         if not is_right and field.name in values:
@@ -172,10 +173,25 @@ def from_checkpoint(checkpoint: dict, ema: bool = True) -> SphereAR | SVAE:
     config = config_from_dict(checkpoint["config"]) if "config" in checkpoint else infer_config(state)
     if max(_layers(config)) > len(state):  # before they are all made
         raise ValueError(f"the config has {max(_layers(config))} layers, the weights are {len(state)} tensors")
+    if _largest_rope(config) > sum(value.numel() for value in state.values()):  # which is real even on meta
+        raise ValueError(f"the config has {_tokens(config)} tokens, more than the weights are made for")
     with torch.device("meta"), _WithoutInit():
         model = build(config)
     load_state(model, state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _tokens(config: Config) -> int:
+    return (config.svae if isinstance(config, SphereARConfig) else config).num_tokens
+
+
+def _largest_rope(config: Config) -> int:
+    """How many numbers the largest table of rotation angles has: never more than the weights that belong to it."""
+    svae = config.svae if isinstance(config, SphereARConfig) else config
+    sizes = [(svae.num_registers + svae.num_tokens) * svae.width // svae.num_heads]
+    if isinstance(config, SphereARConfig):
+        sizes.append((config.num_class_tokens + svae.num_tokens) * config.width // config.num_heads)
+    return max(sizes)
 
 
 class _WithoutInit(TorchFunctionMode):

@@ -5,7 +5,7 @@ Parameter names of the released checkpoints.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -130,6 +130,17 @@ class DiffusionHead(nn.Module):
         """Embeddings (K, W) of the K times at which `sample` evaluates the velocity: once per generation."""
         return self.net.time_embed(torch.tensor(times, device=self.net.input_proj.weight.device))
 
+    def step(
+        self, x: Tensor, modulation: Modulation, scale: float | Tensor | None, update: Callable, *more: object
+    ) -> Tensor:
+        """A sampler's update with the velocity at x (N, C), guided where there is a scale: what a script compiles.
+
+        With guidance the modulation has 2N rows, the null ones behind: both see the same x.
+        """
+        if scale is None:
+            return update(self.net(x, modulation), *more)
+        return update(guide(*self.net(torch.cat([x, x]), modulation).chunk(2), scale), *more)
+
     def sample(
         self,
         condition: Tensor,
@@ -139,14 +150,16 @@ class DiffusionHead(nn.Module):
         *,
         times: Sequence[float],
         sampler: Sampler,
+        step: Callable | None = None,
     ) -> Tensor:
         """Unprojected tokens (N, C) from noise (num_noise, N, C), by a sampler over `times` and their `embed_times`.
 
-        condition: (N, D); with guidance (`scale` given) (2N, D), the null rows behind the class rows: both see the
-        same x. Nothing waits for the device: all of it can become one CUDA graph.
+        condition: (N, D); with guidance (`scale` given) (2N, D), the null rows behind the class rows. step: this
+        head's own, or what equals it. Nothing waits for the device: all of it can become one CUDA graph.
         """
         condition_embedding = self.net.cond_embed(condition)  # (N or 2N, W)
         chunk = max(1, MODULATION_ROWS // len(condition))
+        step = step or self.step
 
         @lru_cache(maxsize=1)
         def modulations(part: int) -> list[Modulation]:
@@ -154,10 +167,7 @@ class DiffusionHead(nn.Module):
             embedding = time_embedding[part * chunk : (part + 1) * chunk, None] + condition_embedding
             return list(zip(*self.net.modulation(embedding)))
 
-        def unguided(x: Tensor, k: int) -> Tensor:
-            return self.net(x, modulations(k // chunk)[k % chunk])
+        def step_at(k: int, at: Tensor, update: Callable, *more: object) -> Tensor:
+            return step(at, modulations(k // chunk)[k % chunk], scale, update, *more)
 
-        def guided(x: Tensor, k: int) -> Tensor:
-            return guide(*unguided(torch.cat([x, x]), k).chunk(2), scale)
-
-        return sampler.walk(unguided if scale is None else guided, noise, times, sampler.update)
+        return sampler.walk(step_at, noise, times)

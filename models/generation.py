@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.flow import CFG_SCHEDULES, guidance_at
 from models.layers import KVCache
-from models.samplers import SAMPLERS, Sampler, Steps, steps_at
+from models.samplers import SAMPLERS, Steps, steps_at
 from models.sphere import project_to_sphere
 from models.spherear import SphereAR
 from models.svae import PROJECTIONS, SVAE
@@ -75,10 +75,10 @@ class Phases:
     decode_step: Callable[[Tensor, int, KVCache], Tensor]  # tokens (N, C), position -> condition of the next token
 
     @classmethod
-    def of(cls, model: SphereAR, settings: SamplingSettings, sampler: Sampler | None = None) -> "Phases":
-        """The model's own. `sampler` replaces the settings' by an equal one, such as one with a compiled update."""
-        sampler = sampler or SAMPLERS[settings.sampler]
-        return cls(model.new_cache, model.prefill, partial(model.head.sample, sampler=sampler), model.decode_step)
+    def of(cls, model: SphereAR, settings: SamplingSettings, step: Callable | None = None) -> "Phases":
+        """The model's own. `step` takes the place of the head's: an equal one, such as a compiled one."""
+        sample_token = partial(model.head.sample, sampler=SAMPLERS[settings.sampler], step=step)
+        return cls(model.new_cache, model.prefill, sample_token, model.decode_step)
 
 
 def watch_nothing(position: int, raw: Tensor, token: Tensor) -> None:

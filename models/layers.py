@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_with_kvcache
 except ImportError:  # optional
-    flash_attn_func = None
+    flash_attn_func = flash_attn_with_kvcache = None
 
 
 def rope_2d(grid: int, head_dim: int, num_prefix: int) -> Tensor:
@@ -39,16 +39,36 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
+def uses_flash(x: Tensor) -> bool:
+    """Whether attention is FlashAttention-2's: the package is importable, and tensors are fp16 or bf16 on CUDA."""
+    return flash_attn_func is not None and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of q (B, L, H, K) over k, v (B, M, H, K) -> (B, L, H, K).
 
-    FlashAttention-2 when the package is importable and the tensors are fp16 or bf16 on CUDA; else PyTorch's SDPA.
-    mask: boolean, broadcast to (B, H, L, M), True where attention is allowed (SDPA only).
+    FlashAttention-2 where `uses_flash`, else PyTorch's SDPA. mask: boolean, broadcast to (B, H, L, M), True where
+    attention is allowed (SDPA only).
     """
-    if flash_attn_func is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and mask is None:
+    if mask is None and uses_flash(q):
         return flash_attn_func(q, k, v, causal=causal)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+
+
+@torch.library.custom_op("spherear::decode_attention", mutates_args=("keys", "values"))
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of one token per row, q, k, v (B, 1, H, K), over a cache (B, L, H, K) and itself -> (B, 1, H, K).
+
+    lengths: (B,) int32, on the device: how much of the cache is filled. k and v are stored behind; nothing beyond is
+    read. One operator for torch.compile, which cannot look into FlashAttention's.
+    """
+    return flash_attn_with_kvcache(q, keys, values, k, v, cache_seqlens=lengths, causal=True)
+
+
+@decode_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    return torch.empty_like(q)
 
 
 class KVCache:
@@ -56,6 +76,11 @@ class KVCache:
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values = keys, values
+
+    @property
+    def takes_lengths(self) -> bool:
+        """Whether `decode_attention` reads it, which reads what is filled; else a mask goes over the whole of it."""
+        return uses_flash(self.keys)
 
     def first(self, length: int) -> "KVCache":
         """The same memory, as a cache of the first `length` positions."""
@@ -95,6 +120,8 @@ class Attention(nn.Module):
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each (B, L, H, K)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         mask = None
+        if isinstance(position, Tensor) and position.dim() == 1:
+            return self.wo(decode_attention(q, k, v, *cache, position).flatten(2))
         if cache is not None:
             k, v, mask = extend(cache, position, k, v)
             q = q.to(k.dtype)

@@ -5,6 +5,7 @@ Letters: B batch · P tokens (raster order) · C latent channels · D width · L
 Parameter names of the released checkpoints.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +59,15 @@ class SphereARConfig:
     @property
     def null_class(self) -> int:
         return self.num_classes
+
+    def cache_shape(self, rows: int) -> tuple[int, ...]:
+        """Of the keys, and of the values, in the KV cache of a generation: see SphereAR.new_cache."""
+        length = self.num_class_tokens + self.num_tokens - 1
+        return self.num_layers, rows, -(-length // 8) * 8, self.num_heads, self.width // self.num_heads
+
+    def cache_bytes(self, rows: int, dtype: torch.dtype) -> int:
+        """Of the whole KV cache."""
+        return 2 * math.prod(self.cache_shape(rows)) * dtype.itemsize
 
 
 # fmt: off
@@ -129,8 +139,7 @@ class SphereAR(nn.Module):
 
     def new_cache(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> KVCache:
         """An empty KV cache for one generation of `rows` rows; its length is a multiple of 8, for masked attention."""
-        c = self.config
-        shape = c.num_layers, rows, -(-len(self.rope) // 8) * 8, c.num_heads, c.width // c.num_heads
+        shape = self.config.cache_shape(rows)
         return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
     def prefill(self, labels: Tensor, cache: KVCache) -> Tensor:
@@ -143,8 +152,8 @@ class SphereAR(nn.Module):
     def decode_step(self, tokens: Tensor, position: int | Tensor, cache: KVCache) -> Tensor:
         """Read the tokens (N, C) at `position`; the condition (N, D) of the token at position + 1.
 
-        A 0-dim tensor as position keeps all shapes static (see `extend`); the cache may then be any `first` part
-        that reaches beyond it.
+        A 0-dim tensor as position keeps all shapes static; the cache may then be any `first` part that reaches beyond
+        it (see `extend`), and is the whole one where it takes lengths (see `decode_attention`).
         """
         index = self.config.num_class_tokens + position
         if isinstance(position, int):
@@ -154,6 +163,8 @@ class SphereAR(nn.Module):
             embedding = self.pos_for_diff.weight.index_select(0, position.view(1) + 1)
         x = self.proj_in(tokens).to(embedding.dtype).unsqueeze(1)  # (N, 1, D), float32 under autocast as in training
         x = self.emb_norm(x)
+        if cache.takes_lengths and not isinstance(position, int):
+            index = index.to(torch.int32).expand(len(tokens)).contiguous()  # as decode_attention wants it
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, cache=cache.layer(i), position=index)
         return self.norm(x[:, 0]) + embedding

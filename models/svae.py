@@ -65,6 +65,8 @@ class SVAEConfig:
             raise ValueError(f"sigma {self.sigma}: a {needing} posterior needs one above 0, and no other takes one")
         if self.latent_scale is not None and (not self.is_flat or not self.latent_scale > 0):
             raise ValueError(f"latent_scale {self.latent_scale} must be above 0, and is for projection none or decoder")
+        if self.latent_shift and self.latent_scale is None:
+            raise ValueError(f"latent_shift {self.latent_shift} needs a latent_scale, as flat latents have")
         if self.patch_size != 2 ** (len(self.stem_channels) - 1):
             raise ValueError(
                 f"patch_size {self.patch_size} needs {self.stem_channels} to have log2(patch_size) + 1 entries"

@@ -208,6 +208,7 @@ def test_the_table_has_means_and_deviations_of_seeds_and_says_what_is_missing():
     assert "| 2.80 → 9.00 |" in s and real.startswith("| real images |") and "97.0, 0.50" in real
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_picture_of_any_number_of_seeds_and_variants(tmp_path):
     results = {name: [made_up(name, seed) for seed in range(seeds)] for name, seeds in (("S-04", 3), ("G-16", 1))}
     ablation_report.draw(tmp_path / "out.png", results, FLOOR, 0.9)

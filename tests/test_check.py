@@ -52,3 +52,9 @@ def test_names_of_any_bytes_are_shown_in_any_locale(tmp_path, capsys):
         lines = out.splitlines()
         assert lines[0].endswith(": 3 images of 2 classes")
         assert lines[-1].startswith("  a/gr") and lines[-1].endswith("n\\udcff.JPEG: empty") and lines[-1].isprintable()
+
+
+@pytest.mark.parametrize("count", ["-1", "1" + "0" * 22])
+def test_a_number_of_workers_out_of_range_is_one_line(tmp_path, capsys, count):
+    assert main([str(tmp_path), "--num-workers", count]) == 2
+    assert capsys.readouterr().err == f"dataset.check: error: --num-workers {count} must lie in [0, 1024]\n"

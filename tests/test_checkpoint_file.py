@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -125,3 +126,30 @@ def test_what_is_read_is_not_copied(tmp_path):
         [sys.executable, "-c", code, tmp_path / "file.pt"], text=True, capture_output=True, check=True
     )
     assert int(grown.stdout) < 20_000  # kB
+
+
+def test_a_compressed_file_is_refused_before_it_inflates(tmp_path):
+    checkpoint_file.write(state(1), tmp_path / "stored.pt")
+    with zipfile.ZipFile(tmp_path / "stored.pt") as stored, zipfile.ZipFile(tmp_path / "small.pt", "w") as deflated:
+        for member in stored.infolist():
+            deflated.writestr(member.filename, stored.read(member), zipfile.ZIP_DEFLATED)
+    for verify in (True, False):
+        with pytest.raises(ValueError, match=r"small\.pt: not a readable checkpoint: .*compressed, which torch.save"):
+            read(tmp_path / "small.pt", verify=verify)
+
+
+def test_tensors_that_claim_more_than_the_file_has_are_refused(tmp_path):
+    def deep(value):
+        for _ in range(100):
+            value = [value]
+        return value
+
+    one, shared = torch.ones(()), torch.ones(30_000)
+    for number, value in enumerate((one.expand(10**6, 10**6), deep(one.expand(10**12)), [shared[:] for _ in range(9)])):
+        checkpoint_file.write({**state(1), "optimizer": value}, tmp_path / f"{number}.pt")
+        with pytest.raises(ValueError, match=rf"{number}\.pt: its tensors claim [\d.e+-]+ GB, the file has"):
+            read(tmp_path / f"{number}.pt")
+    looped = [shared]
+    looped.append(looped)
+    checkpoint_file.write({**state(1), "ema": {"a": shared}, "optimizer": looped}, tmp_path / "good.pt")
+    assert read(tmp_path / "good.pt")["step"] == 1

@@ -16,7 +16,7 @@ import torch
 from tests.helpers.states import is_whole, state
 from utils import checkpoint_file
 from utils.checkpoint_file import read
-from utils.training.checkpoints import CheckpointFolder, snapshot
+from utils.training.checkpoints import CheckpointFolder, Entry, read_back, snapshot
 
 
 @pytest.fixture
@@ -29,6 +29,8 @@ def folder(tmp_path):
 
 
 def clean(folder: CheckpointFolder) -> None:
+    """What it finds at the start of a run is cleaned; the folder then is there, if empty."""
+    folder.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder.open(stack)
 
@@ -117,16 +119,75 @@ def test_last_stays_where_it_is_until_a_checkpoint_is_continued(folder):
 def test_only_our_own_leftovers_are_removed(folder):
     ours = ".step_00000007.pt.12-34.tmp", "step_00000007_epoch_0001.pt.12-34.tmp", "last.pt.12.tmp"
     others = "notes.tmp", ".backup.tmp", "step_7.pt.tmp", "last.pt.tmp"
-    for name in (*ours, *others):
+    others += ("last.pt.13.tmp",)  # ours is a link
+    for name in (*ours[:-1], *others):
         (folder.folder / name).write_bytes(b"")
+    (folder.folder / ours[-1]).symlink_to("step_00000007.pt")
     clean(folder)
     assert names(folder) == set(others)
+
+
+def test_folders_that_stay_empty_go_again(tmp_path):
+    for made in (tmp_path / "new" / "checkpoints", tmp_path / "there" / "checkpoints"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        with ExitStack() as stack:
+            CheckpointFolder(made).open(stack)
+            assert made.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and not list((tmp_path / "there").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link elsewhere"])
+def test_a_last_pt_that_is_not_ours_is_refused_and_left_alone(folder, kind):
+    last = folder.folder / "last.pt"
+    if kind == "file":
+        last.write_bytes(b"precious")
+    elif kind == "folder":
+        last.mkdir()
+    else:
+        last.symlink_to("../best.pt")
+    with pytest.raises(
+        ValueError, match=r"^--results-dir .*last\.pt is no link to a checkpoint beside it.*move it away"
+    ):
+        clean(folder)
+    assert last.is_symlink() == (kind == "link elsewhere") and names(folder) == {"last.pt"}
+
+
+@pytest.mark.parametrize("step", [1, "2", 2.0, True, None, [2]])
+def test_a_file_that_holds_another_step_than_its_name_is_no_checkpoint(folder, step):
+    folder.save(state(1), 1)
+    folder.wait()
+    checkpoint_file.write({**state(2), "step": step}, folder.folder / "step_00000002.pt")
+    assert folder.newest_good().name == "step_00000001.pt"
+    assert "step_00000002.pt holds step " in folder.reports[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(5, TypeError("not a tensor")), ({}, KeyError("scale")), (None, RuntimeError("of another shape\nmore"))],
+)
+def test_an_entry_that_does_not_fit_is_one_line(value, error):
+    def read(_):
+        raise error
+
+    with pytest.raises(
+        ValueError, match=r"^x\.pt: its rng does not fit this run \(.+\); move it away to continue from"
+    ):
+        read_back({"rng": Entry(None, read), "for people": Entry(None)}, {"rng": value}, Path("x.pt"))
+    with pytest.raises(ValueError, match=r"^x\.pt: lacks rng"):
+        read_back({"rng": Entry(None, read)}, {}, Path("x.pt"))
+
+
+def test_a_folder_that_vanishes_costs_the_checkpoint_but_not_the_run(folder):
+    folder.folder.rmdir()
+    folder.save(state(1), 1)
+    assert not folder.wait()
+    assert "could not save" in folder.reports[0] and "training goes on" in folder.reports[0]
 
 
 def test_two_runs_in_one_folder_are_refused(folder):
     with ExitStack() as one, ExitStack() as two:
         folder.open(one)
-        (folder.folder / "last.pt.12.tmp").touch()
+        (folder.folder / "last.pt.12.tmp").symlink_to("step_00000012.pt")
         with pytest.raises(ValueError, match=rf"--results-dir .* is in use by process {os.getpid()} on "):
             CheckpointFolder(folder.folder).open(two)
         assert names(folder) == {"last.pt.12.tmp"}
@@ -221,6 +282,8 @@ def kill_savers(folder: CheckpointFolder, kills: int, size: int) -> tuple[int, i
         lost += step < acknowledged or folder.reports != [] or (last.exists() and read(last)["step"] < acknowledged)
         done = step
         clean(folder)
+        if good:  # as the next run does: the kill may have come between a checkpoint and last.pt, which tells no loss
+            folder.continue_from(good)
     return cut, lost
 
 

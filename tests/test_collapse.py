@@ -37,3 +37,10 @@ def test_mistakes_are_one_line_before_anything_is_computed(ckpt, tmp_path, capsy
     assert "there is no folder" in capsys.readouterr().err
     assert run(ckpt, "--num-images", 1) == 2
     assert "--num-images: 1 must be at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.png"])
+def test_a_file_that_is_there_is_not_replaced(ckpt, tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"mine")
+    assert run(ckpt, "--out", tmp_path / "out") == 2
+    assert f"{name} is there already" in capsys.readouterr().err and (tmp_path / name).read_bytes() == b"mine"

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import vgg16
 
+from benchmarks.kernels import cpu_for_gpu, fake_gpu
 from models.layers import Block, rope_2d
 from tests.helpers import small_run
 from utils.training import draws
@@ -106,3 +107,17 @@ def test_ddp_does_not_cut_a_block(monkeypatch, graphs, cut):
     finally:
         dist.destroy_process_group()
     assert (len(subgraphs) > 1) == cut
+
+
+def test_kernels_of_a_block():
+    """In the code for an H100. Forward: four products, attention, and nine more of which five cast weights to bf16."""
+    with fake_gpu() as kernels, cpu_for_gpu():
+        kernels.device = "cpu"
+        model = Blocks()
+        model.rope = torch.empty_like(model.rope)
+        model.layers[0].compile(dynamic=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.layers[0](torch.randn(2, 4, 256, requires_grad=True), model.rope, causal=True)
+        forward = kernels.compiled.total()
+        out.sum().backward()
+    assert (forward, kernels.compiled.total() - forward) == (14, 19)

@@ -17,8 +17,8 @@ def test_velocities_asked_for_out_of_order_are_those_of_their_times(scale, monke
     x, condition = torch.randn(4, NANO.latent_dim), torch.randn(rows, NANO.width)
     order, found = [0, 5, 2, 7, 3, 2, 6, 0], []
 
-    def walk(velocity, noise, times, update):
-        found.extend(velocity(noise[0], k) for k in order)
+    def walk(step, noise, times):
+        found.extend(step(k, noise[0], lambda velocity: velocity) for k in order)
         return noise[0]
 
     sampler = SAMPLERS["ode"]._replace(walk=walk)

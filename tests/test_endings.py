@@ -44,7 +44,7 @@ def statuses(files, folder: Path, stage: str, count: int) -> list[int]:
     command = small_run.flags(data, folder, "--max-steps", 3, svae=svae if stage == "ar" else None)
     result = subprocess.run(
         [sys.executable, "-c", ENDINGS, str(folder), str(count), *command],
-        cwd=ROOT, text=True, capture_output=True, timeout=600, check=True,
+        cwd=ROOT, text=True, capture_output=True, timeout=120 * count, check=True,
     )  # fmt: skip
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -278,7 +279,7 @@ def test_a_floor_needs_real_images_and_intervals_need_eight_samples(files, tmp_p
             (files / "reference.npz", "--floor", tmp_path / "one.npz"),
             "--floor .*one.npz: has 1 images; a floor needs 2",
         ),
-        ((files / "reference.npz", "--floor", tmp_path / "gone.npz"), "gone.npz: no such file"),
+        ((files / "reference.npz", "--floor", tmp_path / "gone.npz"), "gone.npz: there is no such file"),
     ):
         assert run(arguments[0], tmp_path / "few.npz", *arguments[1:]) == 2
         assert re.search(message, capfd.readouterr().err.splitlines()[-1])
@@ -470,3 +471,29 @@ def test_bad_options(files, capfd):
     if not torch.cuda.is_available():
         assert run(files / "reference.npz", files / "samples.npz", "--tf32") == 2
         assert "--tf32 needs" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_damage_far_behind_is_told_as_soon_as_the_checksum_finds_it(tmp_path, instant, capfd, kind):
+    """Not when the features of all images have been computed, which may take an hour."""
+    images, path = random_images(256, 8).numpy(), tmp_path / "samples.npz"
+    if kind == "npz":
+        np.savez(path, images)
+        content = bytearray(path.read_bytes())
+        content[-3000] ^= 1
+        path.write_bytes(content)
+    else:
+        path = tmp_path / "png"
+        path.mkdir()
+        for index, image in enumerate(images):
+            write_png(path / f"{index}.png", image)
+        (path / "255.png").write_bytes((path / "255.png").read_bytes()[:-20])
+    network, instant.pack = instant.__call__, lambda _: lambda images: (time.sleep(0.05), network(images))[1]
+    assert run(path, path, "--batch-size", "2") == 2
+    assert re.search("checksum|a damaged PNG", capfd.readouterr().err) and instant.images < 200
+
+
+def test_weights_that_are_not_there_are_told_before_the_warnings(files, capfd):
+    assert run(files / "reference.npz", files / "samples.npz", "--inception", "nowhere.pt") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--inception names 'nowhere.pt'" in line

@@ -39,6 +39,18 @@ def test_a_failed_write_says_why_and_where(tmp_path):
         raise OSError(errno.EIO, "Input/output error", "other")  # the fault of a file that was read
 
 
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_new_file_replaces_none(tmp_path, meanwhile):
+    path = tmp_path / "file"
+    if not meanwhile:
+        path.symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match=r"is there already; remove it.*file'"), atomic_file(path, new=True):
+        assert meanwhile
+        path.write_bytes(b"theirs")
+    assert path.read_bytes() == b"theirs" if meanwhile else path.is_symlink()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
 def test_only_leftovers_of_our_own_names_are_removed(tmp_path):
     ours = [".samples.npz.12-345.tmp", ".samples.json.1-2.tmp"]
     others = [".notes.npz.12-345.tmp", ".samples.npz.tmp", ".x.samples.npz.1-2.tmp", "samples.npz.1-2.tmp", ".a.tmp"]
@@ -137,11 +149,14 @@ def test_a_lock_that_is_not_ours_is_left_alone(tmp_path):
     assert precious.read_text() == "data" and (folders[1] / ".lock").read_text() == "my notes"
 
 
-@pytest.mark.parametrize("kind", ["pipe", "deep"])
+@pytest.mark.parametrize("kind", ["pipe", "deep", "sparse"])
 def test_json_that_cannot_be_read_is_named(tmp_path, kind):
     path = tmp_path / "run.json"
     if kind == "pipe":
         os.mkfifo(path)
+    elif kind == "sparse":  # of 30 GB: not read
+        path.touch()
+        os.truncate(path, 30 * 10**9)
     else:
         path.write_text("[" * 200_000)
     with pytest.raises(ValueError, match=r"run\.json is damaged, no JSON object: do this"):

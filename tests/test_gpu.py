@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from models import Phases, SamplingSettings, generate_tokens
-from models.samplers import SAMPLERS
 from tests.helpers import small_run
 from tests.helpers.nano import stirred_nano
 from utils.noise import Purpose, normals, uniforms, words
@@ -34,14 +33,14 @@ def test_noise_is_that_of_the_cpu():
     assert (pair[0] != pair[1]).float().mean() < 1e-3
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_graphs_generate_what_eager_float32_does(compiled):
+@pytest.mark.parametrize("compiled, graphs", [(False, True), (True, False), (True, True)])
+def test_graphs_generate_what_eager_float32_does(compiled, graphs):
     model = stirred_nano()
     expected = generate(model, "cpu")
     model = model.cuda()
     assert torch.allclose(generate(model, "cuda"), expected, atol=1e-3)
-    sampler = compile_pieces(model, SAMPLERS["sde"]) if compiled else None
-    phases = static_phases(Phases.of(model, SETTINGS, sampler), model.config.num_class_tokens)
+    step = compile_pieces(model) if compiled else None
+    phases = static_phases(Phases.of(model, SETTINGS, step), model.config.num_class_tokens, graphs)
     for _ in range(2):  # captured, then replayed
         assert torch.allclose(generate(model, "cuda", phases), expected, atol=1e-3)
 

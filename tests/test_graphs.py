@@ -1,15 +1,17 @@
 """Generation with static shapes gives the same numbers. No GPU here: its path is tested up to the launch of graphs."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
 import torch
 
-from models import Phases, SamplingSettings, decode, generate_tokens
+from models import PRESETS, Phases, SamplingSettings, SphereAR, decode, generate_tokens
 from models.samplers import SAMPLERS
 from tests.helpers.nano import tokens_of
 from tests.helpers.sampling import calm_nano, noise_of
-from utils.sampling.graphs import Graphed, Throttle, cast_weights, compile_pieces, static_phases
+from utils.sampling.graphs import Graphed, Throttle, batch_that_fits, cast_weights, compile_pieces, static_phases
 
 GUIDED = SamplingSettings(cfg_scale=2.0, num_sampling_steps=3)
 
@@ -18,8 +20,8 @@ def generate(model, settings=GUIDED, phases=None, images=(0, 1, 2)):
     return generate_tokens(model, torch.tensor(images), settings, noise_of(settings, images), phases)
 
 
-def static(model, settings=GUIDED, sampler=None):
-    return static_phases(Phases.of(model, settings, sampler), model.config.num_class_tokens)
+def static(model, settings=GUIDED, step=None):
+    return static_phases(Phases.of(model, settings, step), model.config.num_class_tokens, cuda_graphs=False)
 
 
 @pytest.fixture
@@ -69,10 +71,10 @@ def test_static_and_sliced_cache_agree_at_every_position():
 
 def test_compiled_generation_traces_one_block_for_all_layers_and_positions(eager_tracing):
     expected, model = generate(calm_nano()), calm_nano()
-    phases = static(model, GUIDED, compile_pieces(model, SAMPLERS["sde"]))
+    phases = static(model, GUIDED, compile_pieces(model))
     assert torch.allclose(generate(model, GUIDED, phases), expected, atol=1e-5)
     graphs = eager_tracing["unique_graphs"]
-    assert graphs == 7  # block: prefill and three lengths; velocity network; update: own first token of null rows, rest
+    assert graphs == 8  # block: prefill and three lengths; step and last step: unguided first token, guided others
     stronger = SamplingSettings(cfg_scale=3.0, num_sampling_steps=3)
     generate(model, stronger, phases, images=(7, 8, 9))
     prompt = tokens_of(model.config, 3)[:, :5]
@@ -81,14 +83,12 @@ def test_compiled_generation_traces_one_block_for_all_layers_and_positions(eager
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_compiled_update_is_the_update(eager_tracing, sampler):
+def test_a_compiled_step_is_the_step(eager_tracing, sampler):
     settings = SamplingSettings(cfg_scale=2.0, num_sampling_steps=(9, 2), sampler=sampler)
     model = calm_nano()
     expected = generate(model, settings)
-    compiled = compile_pieces(model, SAMPLERS[sampler])
-    assert compiled.update is not SAMPLERS[sampler].update and compiled.times is SAMPLERS[sampler].times
-    assert torch.allclose(generate(model, settings, static(model, settings, compiled)), expected, atol=1e-5)
-    assert eager_tracing["unique_graphs"] == 7  # as above: one update, whatever the number of steps
+    compiled = static(model, settings, compile_pieces(model))
+    assert torch.allclose(generate(model, settings, compiled), expected, atol=1e-5)
 
 
 def test_bfloat16_weights_are_what_autocast_would_use():
@@ -118,9 +118,6 @@ def test_a_graph_copies_its_inputs_and_replays(monkeypatch):
         wait_stream = lambda self, other: None  # noqa: E731
         __enter__ = __exit__ = lambda self, *_: None
 
-    class OnCuda(torch.Tensor):
-        is_cuda = True
-
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
@@ -129,7 +126,7 @@ def test_a_graph_copies_its_inputs_and_replays(monkeypatch):
     calls = []
     graphed = Graphed(lambda x, y: calls.append(1) or x * y, "pool")
     for a, b in [(2.0, 3.0), (4.0, 5.0)]:
-        x, y = torch.full((2,), a).as_subclass(OnCuda), torch.full((2,), b)
+        x, y = torch.full((2,), a), torch.full((2,), b)
         assert graphed(x, y).tolist() == [a * b, a * b]
     assert len(calls) == 2 + 1 + 2  # warm-ups, capture, replays
     assert graphed.inputs[1] is not y
@@ -155,3 +152,63 @@ def test_at_most_two_tokens_are_in_the_queue(monkeypatch):
     for _ in range(3):
         throttle()
     assert said == ["record 0", "wait for 0", "record 1", "wait for 1", "record 2"]
+
+
+def test_one_kv_cache_is_kept_and_no_other(monkeypatch):
+    """The next batch of the same kind gets the same memory; one of another kind new memory, and the old is free."""
+    phases, kind = static(calm_nano()), (2, torch.float32, torch.device("cpu"))
+    kv_cache = phases.new_cache(*kind)
+    assert phases.new_cache(*kind) is kv_cache
+    phases.prefill(torch.tensor([3, 10]), kv_cache)
+    phases.decode_step(tokens_of(calm_nano().config, 2)[:, 0], 0, kv_cache)
+    gone = weakref.ref(kv_cache)
+    del kv_cache
+    assert gone() is not None
+    phases.new_cache(3, *kind[1:])
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_graph_is_not_replayed_for_other_steps_shapes_or_autocast(monkeypatch):
+    """What would be captured, once per kind of call."""
+    captured = []
+
+    class OneGraph:
+        def __init__(self, function, pool):
+            self.function = function
+            captured.append(self)
+
+        def __call__(self, *inputs):
+            return self.function(*inputs)
+
+    monkeypatch.setattr("utils.sampling.graphs.Graphed", OneGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    model = calm_nano()
+    phases = static_phases(Phases.of(model, GUIDED), model.config.num_class_tokens, cuda_graphs=True)
+
+    def sample(rows=4, times=GUIDED.times, scale=2.0):
+        noise = torch.randn(len(times), rows // 2, model.config.latent_dim)
+        embedding = model.head.embed_times(times)
+        phases.sample_token(torch.randn(rows, model.config.width), noise, embedding, scale, times=times)
+        return len(captured)
+
+    assert [sample(), sample(), sample(scale=3.0)] == [1, 1, 1]
+    assert sample(times=SamplingSettings(num_sampling_steps=4).times) == 2
+    assert sample(rows=6) == 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [sample(), sample()] == [4, 4]
+    assert sample() == 4
+
+
+@pytest.mark.parametrize("name, batch, gib", [("B", 1024, 9.6), ("L", 512, 17.0), ("H", 512, 26.6)])
+def test_the_batch_that_fits_on_80_gb(name, batch, gib):
+    config = PRESETS[f"SphereAR-{name}"]
+    assert config.cache_bytes(2 * 256, torch.bfloat16) / 2**30 == pytest.approx(gib, abs=0.05)
+    free = 79 * 2**30 - 2 * sum(p.numel() for p in meta_model(config).parameters())
+    assert batch_that_fits(config.cache_bytes(2, torch.bfloat16), free) == batch
+    assert batch_that_fits(config.cache_bytes(2, torch.bfloat16), 0) == 1
+
+
+def meta_model(config):
+    with torch.device("meta"):
+        return SphereAR(config)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from dataset import CropKey, build_dataset
+from dataset.decode import BadImage
 from dataset.imagenet import open_source
 from tests.helpers.dataset_tars import (
     class_tars,
@@ -229,3 +231,28 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match=r"--data-path .*train: cannot be read: Permission denied \(.*train\)"):
         open_source(root)
+
+
+def test_a_huge_file_is_a_bad_image_and_never_read(tmp_path):
+    """Sparse ones of 30 and 5 GB: in a class folder, and in a tar."""
+    classes = folder(tmp_path / "classes", small_classes(1))
+    (classes / "n00000000" / "huge.JPEG").touch()
+    os.truncate(classes / "n00000000" / "huge.JPEG", 30 * 10**9)
+    good, tar = image_file(0), tmp_path / "train.tar"
+    parts = member("good.JPEG", len(good)) + good.ljust(-(-len(good) // 512) * 512, b"\0")
+    parts += member("huge.JPEG", 5 * 2**30)
+    size = len(parts) + 5 * 2**30 + 1024
+    tar.write_bytes(member("n0.tar", size) + parts)
+    os.truncate(tar, 512 + size + 1024)
+    for path in (classes, tar):
+        data = build_dataset(path, SIZE, num_classes=1, seed=0)
+        huge = next(index for index in range(len(data)) if "huge" in data.name(index))
+        with pytest.raises(BadImage, match=r"more than 301048576 bytes"):
+            data.source.read(huge)
+        assert data[huge].bad == f"{data.name(huge)}: more than 301048576 bytes"
+
+
+def member(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)

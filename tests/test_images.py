@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torchvision.models import ResNet18_Weights
 
-from utils.images import class_names, layout, to_uint8, write_contact_sheet
+from utils.images import class_names, layout, png_path, to_uint8, write_contact_sheet, write_missing_pngs
 
 
 def test_uint8_conversion():
@@ -34,3 +34,18 @@ def test_contact_sheet_names_imagenet_classes(tmp_path):
     write_contact_sheet(tmp_path / "sheet.png", {207: [image] * 3, 360: [image]}, 1000)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape[0] == 2 * 66 + 2 and (sheet == (7, 8, 9)).all(-1).sum() == 4 * 64 * 64
+
+
+def test_pngs_that_are_missing_or_damaged_are_written_again(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    write_missing_pngs(tmp_path, 4, images.__getitem__)
+    whole = [png_path(tmp_path, index).read_bytes() for index in range(4)]
+    flipped = bytearray(whole[1])
+    flipped[len(flipped) // 2] ^= 4
+    png_path(tmp_path, 0).unlink()
+    png_path(tmp_path, 1).write_bytes(flipped)
+    png_path(tmp_path, 2).write_bytes(whole[2][: len(whole[2]) // 2])
+    before, read = png_path(tmp_path, 3).stat().st_mtime_ns, []
+    write_missing_pngs(tmp_path, 4, lambda index: (read.append(index), images[index])[1])
+    assert read == [0, 1, 2] and png_path(tmp_path, 3).stat().st_mtime_ns == before
+    assert [png_path(tmp_path, index).read_bytes() for index in range(4)] == whole

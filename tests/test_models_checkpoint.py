@@ -76,6 +76,10 @@ def test_published_form_loads_strictly():
     assert isinstance(svae, SVAE) and svae.config == config.svae
 
 
+def test_every_preset_has_a_size_of_its_own():
+    assert [preset_of(config) for config in PRESETS.values()] == list(PRESETS)
+
+
 def test_without_a_config_a_size_of_no_preset_is_refused():
     """The number of attention heads is in no shape."""
     config = replace(NANO, num_layers=2)
@@ -106,6 +110,10 @@ def test_config_from_dict_refuses_unknown_fields():
         {"svae": {**config_to_dict(NANO.svae), "stem_channels": None}},
         {"svae": {**config_to_dict(NANO.svae), "encoder_layers": 10**5}},
         {"svae": {**config_to_dict(NANO.svae), "latent_shift": "0"}}, {"svae": config_to_dict(NANO)},
+        {"svae": {**config_to_dict(NANO.svae), "image_size": 2**15}}, {"num_class_tokens": 2**20},
+        {"svae": {**config_to_dict(NANO.svae), "image_size": 2**20, "num_heads": 1}},
+        {"svae": {**config_to_dict(NANO.svae), "num_registers": 2**20}},
+        {"class_dropout_prob": float("nan")}, {"class_dropout_prob": 10**400},
     ],
 )  # fmt: skip
 def test_malformed_configs_are_refused_at_once(change):
@@ -145,3 +153,17 @@ def test_weights_of_another_architecture_are_told_in_one_line():
     del saved["model"]["norm.weight"]
     with pytest.raises(ValueError, match=r"1 missing \(norm.weight\); 1 of another shape"):
         from_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"latent_shift": float("nan"), "projection": "none", "posterior": "gaussian", "latent_scale": 1.0},
+        {"latent_shift": 1.0}, {"latent_shift": 1.0, "projection": "none", "posterior": "gaussian"},
+        {"latent_scale": float("inf"), "projection": "none", "posterior": "gaussian"},
+        {"sigma": float("inf"), "projection": "none", "posterior": "fixed-sigma"},
+    ],
+)  # fmt: skip
+def test_shifts_and_scales_that_make_no_sense_are_refused(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}"):
+        config_from_dict({**config_to_dict(NANO.svae), **change})

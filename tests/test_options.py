@@ -52,6 +52,11 @@ def test_published_commands_are_the_shortest_ones():
         ("--vae-only --min-lr 0", r"--min-lr 0.0: has an effect only with --decay-start"),
         ("--trained-vae x.pt --lr inf", r"--lr: inf must be above 0"),
         ("--trained-vae x.pt --lr nan", r"--lr: nan must be above 0"),
+        (f"--vae-only --latent-dim {10**22}", r"--latent-dim: 1000\d+ must lie in \[2, 1048576\]"),
+        (f"--vae-only --image-size {10**22}", r"--image-size: 1000\d+ must lie in \[1, 8192\]"),
+        (f"--trained-vae x.pt --cls-token-num {10**22}", r"--cls-token-num: 1000\d+ must lie in"),
+        ("--vae-only --max-bad-share 1e308", r"--max-bad-share: 1e308 must lie in \[0.0, 1.0\]"),
+        ("--vae-only --posterior fixed-sigma --sigma 1e308", r"--sigma: 1e308 is too large"),
         ("--trained-vae x.pt --global-seed 18446744073709551616", r"--seed: 18446744073709551616 must lie in"),
         ("--trained-vae x.pt --epochs 1.5", r"--epochs: 1.5 is no whole number"),
         ("--trained-vae x.pt --min-lr 1 --lr 0.1", r"--min-lr 1.0: must not be above --lr 0.1"),
@@ -79,5 +84,6 @@ def test_released_ways_to_turn_something_off_are_understood():
 
 
 def test_a_checkpoint_without_a_command_line_is_refused():
-    with pytest.raises(ValueError, match=r"step_1\.pt: not a checkpoint of a run: its args"):
-        check_same_run(Path("step_1.pt"), ["--lr"], argparse.Namespace(), {}, {})
+    for before in (["--lr"], argparse.Namespace(), argparse.Namespace(lr=1.0, model="SphereAR-B")):
+        with pytest.raises(ValueError, match=r"step_1\.pt: not a checkpoint of a run: its args"):
+            check_same_run(Path("step_1.pt"), before, argparse.Namespace(), {}, {})

@@ -76,3 +76,11 @@ def test_mutated_files_give_clean_errors_only(folder):
             refused += 1
             assert str(folder) in str(error) and "\n" not in str(error)
     assert refused > 100
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: data[:60] + b"?" + data[61:], lambda _: b"x"])
+def test_the_checksum_finds_a_damaged_png_without_decoding_any(folder, damage):
+    images = PngFolder(folder)
+    (folder / "7.png").write_bytes(damage((folder / "7.png").read_bytes()))
+    with pytest.raises(ValueError, match=r"7\.png: (a damaged|no) PNG"):
+        images.sha256()

@@ -1,6 +1,7 @@
 """dataset.reference: the centre crops of a whole data set in one .npz."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,9 +63,10 @@ def test_a_bad_image_is_replaced_and_named_and_more_are_an_error(tar, tmp_path, 
     [
         (["--out", "taken.npz"], "--out taken.npz is there already; remove it, or choose another name"),
         (["--out", "ref.npy"], "--out ref.npy must end in .npz"),
-        (["--image-size", "0"], "--image-size 0 must be at least 1"),
-        (["--num-workers", "-1"], "--num-workers -1 must be at least 0"),
-        (["--image-size", "10000000"], "--out new.npz needs 7200000.0 GB, "),
+        (["--image-size", "0"], "--image-size 0 must lie in [1, 8192]"),
+        (["--num-workers", "-1"], "--num-workers -1 must lie in [0, 1024]"),
+        (["--num-workers", "1000000"], "--num-workers 1000000 must lie in"),
+        (["--image-size", "10000000"], "--image-size 10000000 must lie in"),
     ],
 )
 def test_mistakes_are_named_in_one_line(tar, tmp_path, monkeypatch, capsys, options, says):
@@ -76,6 +78,25 @@ def test_mistakes_are_named_in_one_line(tar, tmp_path, monkeypatch, capsys, opti
     assert Path("taken.npz").read_bytes() == b"mine" and not Path("new.npz").exists()
     assert main(["absent", "--image-size", "16", "--out", "new.npz"]) == 2
     assert "absent: no such file or folder" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_told_at_once(tar, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(ValueError, match=r"--out .*ref.npz needs 0.0 GB, 0.0 are free; choose another disk"):
+        write_reference(tar, 16, tmp_path / "ref.npz")
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_what_another_program_writes_there_is_never_replaced(tar, tmp_path, monkeypatch, end):
+    out = tmp_path / "ref.npz"
+    images = reference._write_images
+    monkeypatch.setattr(reference, "_write_images", lambda *a: (out.write_bytes(b"theirs"), images(*a))[1])
+    if not end:
+        out.symlink_to("nowhere.npz")
+    with pytest.raises((ValueError, FileExistsError), match="is there already"):
+        write_reference(tar, 16, out)
+    assert out.read_bytes() == b"theirs" if end else out.is_symlink()
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")

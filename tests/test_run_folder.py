@@ -1,11 +1,13 @@
 """The folder of a run: locked, cleaned of what a killed run left half-written, and never another run's."""
 
+import errno
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
 
-from utils.sampling.run_folder import claim, key_of, note, open_run
+from utils.sampling import run_folder
+from utils.sampling.run_folder import claim, claim_pngs, key_of, note, open_run
 from utils.sampling.shards import write_shard
 
 
@@ -76,3 +78,50 @@ def test_a_claimed_folder_is_one_runs(tmp_path):
 
 def test_the_key_is_the_settings():
     assert key_of({"a": 1, "b": [2, None]}) == key_of({"b": [2, None], "a": 1}) != key_of({"a": 1, "b": [3, None]})
+
+
+@pytest.mark.parametrize("name", ["samples.json", "contact_sheet.png", "run.json"])
+@pytest.mark.parametrize("content", [b'{"config": 1}', b"mine"])
+def test_foreign_files_of_our_results_names_are_left_alone(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"another program's|no run\.json that says|is damaged"):
+        opened(tmp_path, {"--a": 1, "config": 1})
+    assert (tmp_path / name).read_bytes() == content
+    if name == "run.json":
+        with pytest.raises(ValueError, match=r"--save-images .* another program's|is damaged"):
+            claim_pngs(tmp_path, {"--a": 1, "config": 1})
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_run_of_ours_without_images_gives_way_with_all_that_it_left(tmp_path):
+    opened(tmp_path, {"--a": 1})
+    (tmp_path / "samples.json").write_text("{}")
+    assert opened(tmp_path, {"--a": 2}) == {"--a": 2}
+
+
+@pytest.mark.parametrize("name", ["shards", "contact_sheet.png", "samples.json", "samples.npz", "run.json"])
+def test_what_is_in_the_way_is_named_with_the_flag(tmp_path, name):
+    if name == "shards":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"^--sample-dir {tmp_path}: .*{name}"):
+        opened(tmp_path, {"--a": 1})
+
+
+def test_what_cannot_be_written_is_named_with_the_flag(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^--sample-dir .*: cannot be written to \(.*\); choose another folder"):
+        opened(tmp_path / "file" / "run", {"--a": 1})
+    for target in (tmp_path / "file", tmp_path / "file" / "png"):
+        with pytest.raises(ValueError, match=r"^--save-images .*: cannot be written to"):
+            claim_pngs(target, {"--a": 1})
+
+
+def test_a_full_disk_is_no_fault_of_the_flag(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "lock", full)
+    with pytest.raises(OSError, match="No space left"):
+        opened(tmp_path, {"--a": 1})

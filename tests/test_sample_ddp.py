@@ -18,7 +18,7 @@ from PIL import Image
 
 import models
 from models import PRESETS, SamplingSettings, SphereAR, checkpoint_state, config_to_dict
-from sample_ddp import decode, encode, generate, load
+from sample_ddp import decode, encode, generate, load, main
 from tests.helpers.nano import stirred_nano
 from tests.helpers.sampling import (
     calm_nano,
@@ -197,7 +197,7 @@ def test_importing_and_loading_changes_nothing_and_brings_nothing_slow(ckpt):
 
 def test_real_images_are_continued_from_their_first_tokens(sample, ckpt, tmp_path):
     """All tokens kept is the reconstruction, none is plain sampling, some is what the API gives."""
-    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([1, 8, 3]))
+    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([1, 8, 3]))  # the classes of BRIEF
     model, tokens = load(ckpt), encode(load(ckpt), real_images())
     plain = load_images(sample("plain", "--num-fid-samples", 3, "--to-npz")[1])[0]
 
@@ -228,6 +228,15 @@ def test_a_folder_of_pngs_has_no_labels_and_gets_those_asked_for(sample, tmp_pat
         for name in ("png", "real.npz")
     ]
     assert (results[0][0] == results[1][0]).all() and results[0][1].tolist() == results[1][1].tolist() == [1, 8, 3]
+
+
+def test_images_that_come_with_labels_keep_them(ckpt, tmp_path):
+    np.savez(tmp_path / "real.npz", arr_0=real_images(), arr_1=np.array([5, 0, 9], np.int32))
+    flags = "--ckpt", ckpt, "--sample-dir", tmp_path / "run", "--init-images", tmp_path / "real.npz", "--keep-tokens", 6
+    assert main([*map(str, flags), "--num-fid-samples", "4", "--sample-steps", "2", "--to-npz"]) == 0
+    images, labels = load_images(tmp_path / "run")
+    assert labels.tolist() == [5, 0, 9, 5] and labels.dtype == np.int64 and images.shape == (4, 32, 32, 3)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["--labels"] == "arr_1"
 
 
 @pytest.mark.parametrize(
@@ -305,7 +314,7 @@ def test_resumes_with_another_batch_size(sample, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "atomic_file", full)
-        assert sample("broken", *flags, "--per-proc-batch-size", 3)[0] == 2
+        assert sample("broken", *flags, "--per-proc-batch-size", 3)[0] == 1
     code, folder = sample("broken", *flags, "--per-proc-batch-size", 5)
     assert code == 0
     images, same = load_images(folder)
@@ -414,7 +423,7 @@ def test_a_disk_that_is_full_costs_nothing_that_was_finished(ckpt, sample, tmp_p
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("may not mount a tmpfs")
     try:
-        assert sample("disk/run", *flags)[0] == 2
+        assert sample("disk/run", *flags)[0] == 1
         assert "No space left on device" in capsys.readouterr().err
         assert len(list((disk / "run" / "shards").glob("*.npy"))) > 10 and not list(disk.rglob(".*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
@@ -605,7 +614,7 @@ def test_a_full_disk_damages_nothing(sample, monkeypatch, capsys):
 
     monkeypatch.setattr("utils.sampling.shards.np.lib.format.write_array_header_1_0", full)
     code, folder = sample("run", "--num-fid-samples", 2)
-    assert code == 2 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert code == 1 and "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert not list((folder / "shards").iterdir())
 
 
@@ -620,7 +629,9 @@ def test_values_that_are_not_finite_become_no_images(sample, monkeypatch, capsys
     code, folder = sample("run", "--num-fid-samples", 3)
     message = capsys.readouterr().err.splitlines()[-1]
     assert code == 1 and not list((folder / "shards").iterdir())
-    assert "nano.pt: image 1 has values that are not finite; use --mixed-precision none" in message
+    assert message.endswith("nano.pt: image 1 has values that are not finite; use another checkpoint")
+    assert sample("run", "--num-fid-samples", 3, "--mixed-precision", "bf16")[0] == 1
+    assert "use --mixed-precision none or another checkpoint" in capsys.readouterr().err
 
 
 def test_pixels_that_are_not_finite_become_no_images(sample, monkeypatch, capsys):
@@ -687,3 +698,15 @@ def test_too_large_a_batch_for_the_memory_is_one_line(sample, monkeypatch, capsy
         "sample_ddp.py: error: can't allocate memory: you tried to allocate 221184000000 bytes. Error code 12 (Cannot "
         "allocate memory). Lower --per-proc-batch-size."
     )
+
+
+def test_cuda_graphs_need_a_gpu_and_are_no_part_of_compile(sample, capsys):
+    assert sample("run", "--num-fid-samples", 1, "--cuda-graphs")[0] == 2
+    assert "--cuda-graphs: needs a GPU; leave it out" in capsys.readouterr().err
+    code, folder = sample("run", "--num-fid-samples", 1, "--no-cuda-graphs", "--no-compile")
+    assert code == 0 and json.loads((folder / "samples.json").read_text())["cuda_graphs"] is False
+
+
+def test_the_receipt_names_labels_or_classes(sample, ckpt, capsys):
+    settings = json.loads((sample("run", "--num-fid-samples", 1)[1] / "samples.json").read_text())["settings"]
+    assert settings["--labels"] is None and settings["--class-ids"] == [1, 8, 3]

@@ -37,15 +37,15 @@ def walk(name, steps, start, target=GAUSSIAN, asked=None, noise=None):
     sampler = SAMPLERS[name]
     times = sampler.times(steps, 0.04)
 
-    def velocity(x, k):
+    def step(k, at, update, *more):
         if asked is not None:
             asked.append(k)
-        return exact_velocity(target, x.as_subclass(torch.Tensor), times[k]).as_subclass(Double)
+        return update(exact_velocity(target, at.as_subclass(torch.Tensor), times[k]).as_subclass(Double), *more)
 
     if noise is None:
         noise = torch.randn(sampler.num_noise(steps), *start.shape, dtype=start.dtype)
     noise[0] = start
-    return sampler.walk(velocity, noise, times, sampler.update).as_subclass(torch.Tensor)
+    return sampler.walk(step, noise, times).as_subclass(torch.Tensor)
 
 
 STARTS = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]

@@ -33,6 +33,7 @@ def test_a_run_that_ends_well_says_nothing(capsys):
     [
         (ValueError("--x 3: too large"), 2, "x.py: error: --x 3: too large"),
         (OSError(2, "No such file", "y"), 2, "x.py: error: [Errno 2] No such file: 'y'"),
+        (OSError(28, "No space left", "y"), 1, "x.py: error: [Errno 28] No space left: 'y'"),
         (FloatingPointError("loss"), 1, "x.py: error: loss"),
         (torch.OutOfMemoryError("Tried 3 GiB.\nmore"), 1, "x.py: error: Tried 3 GiB. Take less."),
         (
@@ -79,3 +80,27 @@ def test_a_file_stands_for_its_flags(tmp_path):
     assert (args.steps, args.name) == (4, "two words")
     with pytest.raises(ValueError, match=r"nowhere\.txt"):
         parser.parse_args(["@nowhere.txt"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "message"),
+    [
+        (script.at_least(1), "1" + "0" * 22, "is too large: 2147483647 at most"),
+        (script.at_least(1), "9" * 500, "is too large"),
+        (script.at_least(1), "9" * 5000, "is no whole number"),
+        (script.number(int, lambda value: value >= -1, "be"), "1" + "0" * 22, "is too large"),
+        (script.above(0), "1e308", r"is too large: 3.4e\+38 at most"),
+        (script.at_least(0.0), "1e400", "must be at least 0"),
+        (script.SEED, str(2**64), "must lie in"),
+    ],
+    ids=range(7),
+)
+def test_numbers_have_an_upper_bound(kind, word, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        kind(word)
+    assert script.SEED(str(2**64 - 1)) == 2**64 - 1
+
+
+def test_a_device_is_no_file_of_flags():
+    with pytest.raises(ValueError, match="@/dev/zero: is no file of flags"):
+        script.Parser().parse_args(["@/dev/zero"])

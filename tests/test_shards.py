@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from utils.sampling.shards import (
+    Writer,
     assemble,
     batches_of,
     check_npz,
@@ -220,3 +221,64 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     """100 MB of images, of which one shard's 12.6 MB were in memory before: assembling adds a copy buffer."""
     result = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 16_000  # kB
+
+
+def test_a_batch_is_written_while_the_next_is_made(tmp_path):
+    began, may_end, order = threading.Event(), threading.Event(), []
+
+    def slow():
+        began.set()
+        assert may_end.wait(10)
+        write_shard(tmp_path, 0, IMAGES[:5], KEY)
+        order.append("first")
+
+    with Writer() as writer:
+        writer.call(slow)
+        assert began.wait(10) and order == []  # this thread goes on meanwhile
+        may_end.set()
+        writer.call(lambda: order.append("second"))
+        writer.call(write_shard, tmp_path, 5, IMAGES[5:], KEY)
+    assert order == ["first", "second"]
+    assert list(finished_shards(tmp_path, SIZE, 10)) == [(0, 5), (5, 10)]  # nothing is under way behind the block
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_error_of_a_write_is_raised_by_the_next_call_or_at_the_end():
+    for calls_behind in (0, 1):
+        with pytest.raises(OSError, match="No space left"), Writer() as writer:
+            writer.call(full_disk)
+            for _ in range(calls_behind):
+                writer.call(pytest.fail, "called behind an error")
+
+
+def test_a_block_that_ends_by_an_error_waits_and_says_what_was_not_written(tmp_path, capsys):
+    for write, said in (
+        (full_disk, "a batch was not written: [Errno 28] No space left on device\n"),
+        (write_shard, ""),
+    ):
+        with pytest.raises(KeyboardInterrupt), Writer() as writer:
+            writer.call(write, tmp_path, 0, IMAGES, KEY)
+            raise KeyboardInterrupt
+        assert capsys.readouterr().err == said
+    assert list(finished_shards(tmp_path, SIZE, 10)) == [(0, 10)]
+
+
+@pytest.mark.parametrize(
+    "text", [b"(" * 9000, b"{'descr': '|u1', " + b"[" * 200, b"{'descr': '|u1'}"], ids=["round", "square", "short"]
+)
+def test_a_shard_with_a_hostile_header_is_set_aside(shards, text):
+    path = shards / "00000003-00000007.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    finished, rejected = verified_shards(shards, SIZE, 10, KEY)
+    assert list(finished) == [(0, 3), (7, 10)] and [path.name for path in rejected] == [f"{path.name}.rejected"]
+
+
+def test_a_shards_name_that_no_shard_has_is_set_aside(shards):
+    write_shard(shards, 8, IMAGES[:2], KEY)
+    (shards / "00000008-00000010.npy").rename(shards / "00000009-00000003.npy")
+    (shards / "00000004-00000006.npy").mkdir()
+    finished, rejected = verified_shards(shards, SIZE, 10, KEY)
+    assert list(finished) == [(0, 3), (3, 7), (7, 10)] and len(rejected) == 2

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -66,6 +67,20 @@ def test_the_reference_is_fifty_of_each_digit(tmp_path):
     _, reference = write_toy(tmp_path, count=600)
     with np.load(reference, allow_pickle=False) as arrays:
         assert np.bincount(arrays["arr_1"]).tolist() == [50] * 10
+
+
+@pytest.mark.parametrize("name", ["mnist.tar", "reference.npz"])
+def test_a_file_that_is_there_is_not_replaced(tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    write_toy(tmp_path, count=10)
+    assert (tmp_path / name).read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_judge_survives_a_hostile_header(tmp_path):
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + (9000).to_bytes(2, "little") + b"(" * 9000)
+    with pytest.raises(ValueError, match="needs arr_0"):
+        class_agreement(tmp_path, tmp_path / "samples.npz")
 
 
 def write_package(path, images, labels):

@@ -1,5 +1,6 @@
 """Training as a whole, in this process: resume, accumulation, bad numbers, wrong flags."""
 
+import argparse
 import re
 import shutil
 import signal
@@ -443,3 +444,35 @@ def test_images_too_small_for_a_loss_are_refused(files, tmp_path, weights, messa
     command = flags(files[0], tmp_path / "run", "--image-size", 8, *weights)
     assert train.main(command) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_in_which_no_update_was_made_is_no_success(ar, tmp_path, monkeypatch, capsys):
+    run_here(*ar("run", "--max-steps", 1))
+    poison(monkeypatch, {0, 1, 2})
+    assert train.main(ar("run", "--max-steps", 3)) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"no update was made: all 2 were not finite; stopped.*step_00000001\.pt.*a lower --lr cont", error)
+    assert read(tmp_path / "run/checkpoints/last.pt")["step"] == 1
+
+
+def test_a_refused_command_leaves_no_folder(ar, tmp_path, capsys):
+    assert_refused(capsys, "--data-path", ar("run", "--data-path", "nowhere.tar"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("rng", torch.zeros(3)), ("rng", 5), ("scaler", 5), ("scaler", {"scale": "x"}), ("optimizer", [1]),
+        ("ema", {"norm.weight": torch.ones(1)}), ("config", {"num_layers": 2}), ("args", argparse.Namespace()),
+        ("model", {"norm.weight": torch.ones(1)}),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_whose_content_does_not_fit_is_one_line(ar, tmp_path, capsys, entry, value):
+    path = tmp_path / "run/checkpoints/step_00000001.pt"
+    if not (tmp_path.parent / "whole.pt").exists():
+        run_here(*ar("run", "--max-steps", 1))
+        shutil.copy(path, tmp_path.parent / "whole.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({**read(tmp_path.parent / "whole.pt"), entry: value}, path)
+    assert_refused(capsys, r"(step_00000001\.pt|--trained-vae)", ar("run", "--max-steps", 2))

@@ -1,6 +1,6 @@
 """Checkpoint files: read without running a stranger's code, or copying what is not used; written whole or not at all.
 
-A file is what torch.save writes: a zip whose members carry CRC32s.
+A file is what torch.save writes: a zip whose members are not compressed and carry CRC32s.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from utils import hub, safetensors_file
 from utils.files import atomic_file, mistaken, sha256
 
 T = TypeVar("T")
+MAX_SHARING = 4  # times that tensors may share their memory, as EMA weights do that equal the model's
 
 
 def read(path: str | Path, *, verify: bool = False) -> dict:
@@ -34,9 +35,11 @@ def read(path: str | Path, *, verify: bool = False) -> dict:
     if os.path.exists(path) and safetensors_file.is_safetensors(path):
         return safetensors_file.read(path, verify=verify)
     try:
-        if verify and _is_zip(path):
+        if _is_zip(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("compressed, which torch.save never does")  # it may inflate to any size
+                damaged = archive.testzip() if verify else None
             if damaged is not None:
                 raise ValueError(f"checksum of {damaged} does not match")
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
@@ -47,7 +50,27 @@ def read(path: str | Path, *, verify: bool = False) -> dict:
         raise ValueError(f"{path}: {_what_is_wrong(path, error)}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{path}: not a SphereAR checkpoint: no state dict under 'model'")
+    held, claimed = os.path.getsize(path), _tensor_bytes(checkpoint)
+    if claimed > MAX_SHARING * held:
+        raise ValueError(f"{path}: its tensors claim {claimed / 1e9:.3g} GB, the file has {held / 1e9:.3g}")
     return checkpoint
+
+
+def _tensor_bytes(checkpoint: dict) -> int:
+    """Memory that copies of all tensors in nested dicts, lists and tuples would take, each object counted once."""
+    total, seen, left = 0, set(), [checkpoint]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+            total += value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+    return total
 
 
 def load(path: str | Path, build: Callable[[dict], T]) -> T:

@@ -125,6 +125,22 @@ def reduce_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def my_parts(count: int, length: int) -> Iterator[range]:
+    """This process's parts of `count` things, one in every turn; the last parts have fewer than `length`, or none."""
+    for turn in range(0, count, world_size() * length):
+        start = turn + rank() * length
+        yield range(min(start, count), min(start + length, count))
+
+
+def gather(value: torch.Tensor) -> torch.Tensor:
+    """`value` of every process, of one shape everywhere, by rank and on every process: (processes, ...)."""
+    if not dist.is_initialized():
+        return value[None]
+    values = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(values, value)
+    return torch.stack(values)
+
+
 def gather_objects(value: object) -> list:
     """`value` of every process, by rank, on every process. Only for small objects of our own."""
     if not dist.is_initialized():

@@ -8,7 +8,11 @@ import os
 import re
 import shutil
 import socket
+import struct
 import threading
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -16,6 +20,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 BLOCK_BYTES = 1 << 22
+JSON_BYTES = 1 << 26  # the most that a JSON object of ours has
+NPZ_FAULTS = (  # what zipfile, zlib and numpy raise on damaged or hostile .npz files
+    OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError,
+    RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, struct.error,
+)  # fmt: skip
 LOCKED_BY = "process "  # how the text in a lock begins
 MISTAKEN = {  # how a file begins that is often saved in the place of another -> what it is, and the remedy
     b"<": "is a web page: download the file itself",
@@ -24,18 +33,23 @@ MISTAKEN = {  # how a file begins that is often saved in the place of another ->
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, *, new: bool = False) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` complete and durable, or not at all (temporary name, fsync, rename).
 
-    An OSError names `path`, and the free space when that was what was missing.
+    With `new`, FileExistsError where something is there, or has come there meanwhile. An OSError names `path`, and the
+    free space when that was what was missing.
     """
     path = Path(path)
+    if new:
+        _require_absent(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            _require_absent(path)
         os.replace(temporary, path)
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(temporary)):
@@ -45,6 +59,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def _require_absent(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "is there already; remove it, or choose another name", str(path))
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
@@ -82,11 +101,10 @@ def lock(folder: Path, stack: ExitStack, flag: str) -> bool:
         if os.fstat(file.fileno()).st_nlink:  # else its last holder removed it between our two lines
             break
     stack.callback(path.unlink, missing_ok=True)  # before the lock is given up
-    with suppress(OSError):  # a full disk
-        file.truncate(0)
-        file.seek(0)
-        file.write(f"{LOCKED_BY}{os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-        file.flush()
+    holder = f"{LOCKED_BY}{os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+    with suppress(OSError):  # a full disk; what `file` holds back would be tried again when it is closed
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.encode(), 0)
     return True
 
 
@@ -102,7 +120,8 @@ def sync(path: Path) -> None:
 def read_json(path: Path, remedy: str) -> dict:
     """The object that write_json wrote. ValueError names a file that holds something else, and the remedy."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would wait for ever
+        is_json = path.is_file() and path.stat().st_size <= JSON_BYTES  # a pipe would wait for ever
+        values = json.loads(path.read_text(encoding="utf-8")) if is_json else None
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
@@ -110,8 +129,8 @@ def read_json(path: Path, remedy: str) -> dict:
     return values
 
 
-def write_json(path: Path, values: dict) -> None:
-    with atomic_file(path) as file:
+def write_json(path: Path, values: dict, *, new: bool = False) -> None:
+    with atomic_file(path, new=new) as file:
         file.write(json.dumps(values, indent=2).encode() + b"\n")
 
 
@@ -131,6 +150,19 @@ def mistaken(path: str | Path) -> str | None:
     if not start:
         return "is empty: copy or download it again"
     return next((what for beginning, what in MISTAKEN.items() if start.startswith(beginning)), None)
+
+
+def begins_with(path: Path, member: str) -> bool:
+    """Whether a file begins as an .npz whose first array is `member`, damaged behind that or not.
+
+    Only a file of our own kind is ever replaced.
+    """
+    name = f"{member}.npy".encode()
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(30 + len(name))
+    return start[:4] == b"PK\x03\x04" and start[30:] == name
 
 
 def cache_folder() -> Path:

@@ -35,10 +35,25 @@ def png_path(folder: str | Path, index: int) -> Path:
 
 
 def write_missing_pngs(folder: Path, count: int, read: Callable[[int], np.ndarray]) -> None:
-    """Write those of images 0 to count − 1 that the folder lacks; read(index) gives one (uint8, H W 3)."""
+    """Write those of images 0 to count − 1 that the folder lacks; read(index) gives one (uint8, H W 3).
+
+    Damaged ones are written again: every byte is held against the PNG's checksums.
+    """
     for index in range(count):
-        if not png_path(folder, index).exists():
+        if not is_whole_png(png_path(folder, index)):
             write_png(png_path(folder, index), read(index))
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG is there, complete and undamaged, by the checksum of each of its chunks; no pixel is decoded."""
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except Exception:  # Pillow raises a dozen kinds
+        return False
+    return True
 
 
 def class_names(num_classes: int) -> list[str]:

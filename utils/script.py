@@ -1,6 +1,7 @@
 """What the scripts share: how flags are checked, how precision is chosen, and the one way to end."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -20,6 +21,9 @@ from utils.files import printable
 END_WITHIN_SECONDS = 20  # of a signal; torchrun kills after 30
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+MAX_INT, MAX_FLOAT = 2**31 - 1, 3.4e38  # of flags: what C's int and float32 hold
+OF_THE_MACHINE = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # no fault of a flag
+
 # Exit codes of every script
 DONE, FAILED, BAD_INPUT, BY_SIGNAL = 0, 1, 2, 128  # plus the signal's number
 
@@ -36,6 +40,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: object):
         super().__init__(fromfile_prefix_chars="@", **options)
 
+    def _read_args_from_files(self, words: list[str]) -> list[str]:
+        for word in words:
+            if word.startswith("@") and os.path.exists(word[1:]) and not os.path.isfile(word[1:]):
+                self.error(f"{word}: is no file of flags")  # a device has no end
+        return super()._read_args_from_files(words)
+
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         return shlex.split(line, comments=True)
 
@@ -47,16 +57,21 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
-def number(kind: type, allowed: Callable[[float], bool], text: str) -> Callable[[str], float]:
-    """A flag's `type`: a finite int or float that is `allowed`; `text` says which are."""
+def number(
+    kind: type, allowed: Callable[[float], bool], text: str, most: float | None = None
+) -> Callable[[str], float]:
+    """A flag's `type`: an int or float that is `allowed`, of magnitude `most` at most; `text` says which are."""
+    most = most or (MAX_INT if kind is int else MAX_FLOAT)
 
     def parse(word: str):
         try:
             value = kind(word)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{word} is no {'whole ' if kind is int else ''}number") from None
-        if not math.isfinite(value) or not allowed(value):
+        if (kind is float and not math.isfinite(value)) or not allowed(value):
             raise argparse.ArgumentTypeError(f"{word} must {text}")
+        if abs(value) > most:
+            raise argparse.ArgumentTypeError(f"{word} is too large: {most} at most")
         return value
 
     return parse
@@ -84,7 +99,7 @@ def one_or_two(parse: Callable[[str], float], word: str) -> float | tuple[float,
     return (parse(first), parse(last)) if colon else parse(first)
 
 
-SEED = number(int, lambda value: 0 <= value < 2**64, "lie in 0 to 2^64 - 1")
+SEED = number(int, lambda value: 0 <= value < 2**64, "lie in 0 to 2^64 - 1", most=2**64)
 
 
 # ---- precision ---------------------------------------------------------------------------------------------------
@@ -155,7 +170,7 @@ def run(
         return body(args)
     except (ValueError, OSError) as error:
         _say(name, error)
-        return BAD_INPUT
+        return FAILED if isinstance(error, OSError) and error.errno in OF_THE_MACHINE else BAD_INPUT
     except FloatingPointError as error:
         _say(name, error)
         return FAILED

@@ -1,7 +1,8 @@
 """From images to what is known of them: which network, which settings, the cache beside a file, its checksum."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -69,8 +70,8 @@ class Extraction:
     `weights` records which they are. Raises ValueError, on all processes, for weights that cannot be used.
     """
 
-    def __init__(self, settings: Settings, device: torch.device, batch_size: int, workers: int):
-        self.settings, self.batch_size, self.workers = settings, batch_size, workers
+    def __init__(self, settings: Settings, device: torch.device, batch_size: int, workers: int, *, shows: bool = True):
+        self.settings, self.batch_size, self.workers, self.shows = settings, batch_size, workers, shows
         path = distributed.from_main(lambda: inception_weights.find_weights(settings.inception))
         with distributed.all_or_none():
             weights = inception_weights.read_weights(path)
@@ -126,13 +127,27 @@ class Extraction:
             batches, count, length = file, None, self.batch_size * -(-BATCHES_AT_ONCE // self.batch_size)
         else:
             count, length = file.count, self.batch_size * -(-file.count // (self.batch_size * PARTS))
-            batches = read_parts(file, length, at_once=4 * self.workers * self.batch_size)
-        features = extract(
-            batches, self._extractor, count, length,
-            name=str(file.path), half=self.settings.half, to_logits=self.to_logits, keep_spatial=keep_spatial,
-        )  # fmt: skip
+            batches = while_good(read_parts(file, length, at_once=4 * self.workers * self.batch_size), checksum)
+        features = self.extract(batches, count, length, str(file.path), keep_spatial)
         file.close()
         return features, distributed.from_main(lambda: checksum.result())
+
+    def extract(
+        self, batches: Iterable, count: int | None, length: int, name: str, keep_spatial: bool = False
+    ) -> Features:
+        """features.extract with this network: of batches that the processes hold between them in parts of `length`."""
+        return extract(
+            batches, self._extractor, count, length, name=name, half=self.settings.half, to_logits=self.to_logits,
+            keep_spatial=keep_spatial, shows=self.shows,
+        )  # fmt: skip
+
+
+def while_good(batches: Iterable[np.ndarray], checksum: Future | None) -> Iterator[np.ndarray]:
+    """The batches, until the checksum that is made meanwhile finds the file damaged: then its ValueError."""
+    for batch in batches:
+        if checksum is not None and checksum.done():
+            checksum.result()
+        yield batch
 
 
 def load_network(

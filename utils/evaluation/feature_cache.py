@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +12,11 @@ import torch
 
 from utils import distributed
 from utils.evaluation.features import Features
-from utils.evaluation.npz_reader import DAMAGE, NpzReader
+from utils.evaluation.npz_reader import NpzReader
 from utils.evaluation.png_folder import PngFolder
-from utils.files import atomic_file
+from utils.files import NPZ_FAULTS, atomic_file, begins_with
 
 VERSION = 1  # of our network and statistics; a new number makes feature caches void
-FIRST_MEMBER = b"record.npy"
 
 
 def beside(images: Path, suffix: str) -> Path:
@@ -50,15 +48,8 @@ def load_features(images: Path, key: dict, names: set[str]) -> tuple[Features, s
             pool, spatial = torch.from_numpy(arrays.pop("pool")), arrays.pop("spatial", None)
             spatial = None if spatial is None else torch.from_numpy(spatial)
             return Features(pool, arrays, spatial), record["sha256"]
-    except (*DAMAGE, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except NPZ_FAULTS:
         return None
-
-
-def is_cache(path: Path) -> bool:
-    """Whether a file begins as save_features writes it, damaged behind that or not: only such a one is replaced."""
-    with open(path, "rb") as file:
-        start = file.read(30 + len(FIRST_MEMBER))
-    return start[:4] == b"PK\x03\x04" and start[30:] == FIRST_MEMBER
 
 
 def save_features(images: Path, key: dict, features: Features, sha256: str) -> None:
@@ -67,7 +58,7 @@ def save_features(images: Path, key: dict, features: Features, sha256: str) -> N
     Raises OSError where that cannot be, or a file that is no cache has its name.
     """
     path = cache_path(images)
-    if path.exists() and not is_cache(path):
+    if path.exists() and not begins_with(path, "record"):
         raise FileExistsError(errno.EEXIST, "exists and is no feature cache", str(path))
     record = json.dumps({"key": {"version": VERSION, **key}, "sha256": sha256}).encode()
     arrays = {"pool": features.pool.cpu().numpy(), **features.statistics}

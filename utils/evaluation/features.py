@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import distributed
+from utils.distributed import my_parts
 from utils.evaluation.frechet import InceptionScore, Moments
 from utils.evaluation.inception import POOL_DIM, SPATIAL_DIM
 from utils.files import printable
@@ -91,13 +92,6 @@ def workers_within_memory(cores: int, batch_size: int, height: int, width: int) 
     return min(cores, fits // batch_size)
 
 
-def my_parts(count: int, length: int) -> Iterator[range]:
-    """This process's parts of `count` images, one in every turn; the last parts have fewer than `length`, or none."""
-    for turn in range(0, count, distributed.world_size() * length):
-        start = turn + distributed.rank() * length
-        yield range(min(start, count), min(start + length, count))
-
-
 class Source(Protocol):
     """Images that can be read by number, such as an NpzReader's."""
 
@@ -123,6 +117,7 @@ def extract(
     half: bool = False,
     to_logits: Callable[[Tensor], Tensor] | None = None,
     keep_spatial: bool = False,
+    shows: bool = True,
 ) -> Features:
     """Features of all images that the processes hand out, each its own `batches` of uint8 (n, H, W, 3).
 
@@ -131,7 +126,8 @@ def extract(
     have its parts (`my_parts`). When the order and `length` do not depend on the number of processes, neither do the
     numbers: every process adds up all parts in their order. An Extractor's batches begin anew with each of `batches`,
     and rounding depends on their size.
-    `count`: of all images, for the progress bar; None where nobody knows. `name` is what messages call the images.
+    `count`: of all images, for the progress bar, if it `shows` one; None where nobody knows. `name` is what messages
+    call the images.
     `half` keeps pool features in the float16 that precision and recall round them to: all but features so large that
     their distances would not fit. With `to_logits` (n, 2048) -> (n, classes) there is an Inception Score.
     Raises ValueError, on all processes, for whatever is wrong with any image.
@@ -141,7 +137,7 @@ def extract(
     score = InceptionScore()
     moments = {"": Moments.zeros(POOL_DIM, extractor.device), "_s": Moments.zeros(SPATIAL_DIM, extractor.device)}
     label = printable(os.path.basename(name))
-    bar = tqdm(total=count, unit="img", desc=label, disable=not distributed.is_main(), mininterval=1)
+    bar = tqdm(total=count, unit="img", desc=label, disable=not (shows and distributed.is_main()), mininterval=1)
     with bar:
         while True:
             features = torch.zeros(world, length, POOL_DIM + SPATIAL_DIM, device=extractor.device)

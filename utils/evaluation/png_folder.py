@@ -2,10 +2,14 @@
 
 import hashlib
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from utils.files import BLOCK_BYTES
 
 LOSSY = ".jpg", ".jpeg", ".webp"
 
@@ -55,12 +59,17 @@ class PngFolder:
         """Images start <= i < stop, uint8 (n, H, W, 3)."""
         images = np.empty((stop - start, self.height, self.width, 3), np.uint8)
         for target, file in zip(images, self.files[start:stop]):
-            with self._open(file) as image:
-                try:
-                    target[:] = np.asarray(image)
-                except Exception as error:
-                    raise ValueError(f"{file}: a damaged PNG ({type(error).__name__})") from None
+            with self._open(file) as image, self._damage(file):
+                target[:] = np.asarray(image)
         return images
+
+    @contextmanager
+    def _damage(self, file: Path) -> Iterator[None]:
+        """Every fault of a file's contents as a ValueError that names it."""
+        try:
+            yield
+        except Exception as error:  # Pillow raises a dozen kinds
+            raise ValueError(f"{file}: a damaged PNG ({type(error).__name__})") from None
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -74,11 +83,18 @@ class PngFolder:
         return {"listing": digest.hexdigest()}
 
     def sha256(self, abandoned: threading.Event | None = None) -> str:
-        """Checksum of the names and contents of all files. Once `abandoned` is set it ends early, with any result."""
+        """Checksum of the names and contents of all files. On the way every PNG is held against its own checksums.
+
+        Once `abandoned` is set it ends early, with any result.
+        """
         digest = hashlib.sha256()
         for file in self.files:
             if abandoned and abandoned.is_set():
                 break
-            content = file.read_bytes()
-            digest.update(repr((file.name, len(content))).encode() + content)
+            with self._open(file) as image, self._damage(file):
+                image.verify()
+            digest.update(repr((file.name, file.stat().st_size)).encode())
+            with open(file, "rb") as content:
+                while block := content.read(BLOCK_BYTES):
+                    digest.update(block)
         return digest.hexdigest()

@@ -14,17 +14,15 @@ BUCKETS = 4  # decode graphs: attention reads a quarter, half, three quarters, o
 
 
 class Graphed:
-    """A function of tensors, all on one device, whose shapes never change: on CUDA replayed as one graph.
+    """A function of CUDA tensors whose shapes never change, captured once and replayed as one graph.
 
-    The result is the graph's own memory: use it before the next call. On a CPU the function itself is called.
+    The result is the graph's own memory: use it before the next call.
     """
 
-    def __init__(self, function: Callable[..., Tensor], pool: object = None):
+    def __init__(self, function: Callable[..., Tensor], pool: object):
         self.function, self.pool, self.graph = function, pool, None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if not inputs[0].is_cuda:
-            return self.function(*inputs)
         if self.graph is None:
             self._capture(inputs)
         for own, value in zip(self.inputs, inputs, strict=True):
@@ -45,49 +43,81 @@ class Graphed:
             self.output = self.function(*self.inputs)
 
 
-def compile_pieces(model: nn.Module, sampler):
-    """torch.compile the blocks and the velocity network in place; the sampler, with a compiled update.
+def compile_pieces(model: nn.Module) -> Callable[..., Tensor]:
+    """torch.compile the blocks and the S-VAE's decoder in place; returns the head's step, compiled: network, guidance
+    and update as one.
 
-    One compiled block serves all layers. Works on any model with `layers` and `head.net` as in models.spherear.
+    One compiled block serves all layers. Works on any model with the parts of models.spherear.
     """
-    for module in (*model.layers, model.head.net):
+    decoder = model.vae.decoder
+    for module in (*model.layers, *decoder.layers, decoder.unpatchify, decoder.conv_out):
         module.compile(dynamic=False)
-    return sampler._replace(update=torch.compile(sampler.update, dynamic=False))
+    return torch.compile(model.head.step, dynamic=False)
 
 
-def static_phases(phases, num_class_tokens: int):
+def static_phases(phases, num_class_tokens: int, cuda_graphs: bool):
     """Phases of models.generation with static shapes: the same results to rounding, and no token waits for the device.
 
-    Every batch must have the same number of rows, or it is compiled and captured again.
+    With `cuda_graphs` one graph per phase, on CUDA. Of all batches only the newest kind, by rows and dtype, has memory
+    and graphs here: another is compiled and captured again.
     """
-    pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+    pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
+    newest = {}  # the KV cache, by its kind: graphs know its address, so all batches share it
+
+    def graphed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return Graphed(function, pool) if cuda_graphs else function
 
     @cache
-    def decode_graph(kv_cache, length: int) -> Graphed:
-        part = kv_cache.first(length)
-        return Graphed(lambda tokens, position: phases.decode_step(tokens, position, part), pool)
+    def decode_graph(kv_cache, key: tuple) -> Callable[..., Tensor]:
+        return graphed(lambda tokens, position: phases.decode_step(tokens, position, kv_cache))
 
     @cache
-    def sample_graph(rows: int, guided: bool, times: tuple[float, ...]) -> Graphed:
+    def sample_graph(times: tuple[float, ...], guided: bool, key: tuple) -> Callable[..., Tensor]:
         def sample_token(condition, noise, time_embedding, *scale):
             return phases.sample_token(condition, noise, time_embedding, scale[0] if guided else None, times=times)
 
-        return Graphed(sample_token, pool)
+        return graphed(sample_token)
+
+    @cache
+    def first(kv_cache, length: int):
+        return kv_cache.first(length)
+
+    def new_cache(rows: int, dtype: torch.dtype, device: torch.device):
+        kind = rows, dtype, device
+        if kind not in newest:
+            newest.clear()
+            for remembered in (decode_graph, sample_graph, first):
+                remembered.cache_clear()
+            newest[kind] = phases.new_cache(*kind)
+        return newest[kind]
 
     def decode_step(tokens: Tensor, position: int, kv_cache) -> Tensor:
-        whole = kv_cache.keys.shape[2]
-        needed = position + num_class_tokens + 1
-        bucket = -(-needed * BUCKETS // whole)  # 1 to BUCKETS
-        length = -(-whole * bucket // BUCKETS // 8) * 8
+        if not kv_cache.takes_lengths:
+            whole = kv_cache.keys.shape[2]
+            needed = position + num_class_tokens + 1
+            bucket = -(-needed * BUCKETS // whole)  # 1 to BUCKETS
+            kv_cache = first(kv_cache, -(-whole * bucket // BUCKETS // 8) * 8)
         where = torch.full((), position, device=tokens.device)
-        return decode_graph(kv_cache, length)(tokens, where)
+        return decode_graph(kv_cache, _key(tokens))(tokens, where)
 
     def sample_token(condition, noise, time_embedding, scale, times) -> Tensor:
         scales = () if scale is None else (torch.full((), scale, device=noise.device),)
-        return sample_graph(len(condition), scale is not None, times)(condition, noise, time_embedding, *scales)
+        inputs = condition, noise, time_embedding, *scales
+        return sample_graph(tuple(times), scale is not None, _key(*inputs))(*inputs)
 
-    # one cache for all batches: graphs know its address
-    return type(phases)(cache(phases.new_cache), phases.prefill, sample_token, decode_step)
+    return type(phases)(new_cache, phases.prefill, sample_token, decode_step)
+
+
+def _key(*inputs: Tensor) -> tuple:
+    """What a graph has captured beside its function: its inputs' shapes and dtypes, and autocast's state."""
+    kind = inputs[0].device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast, *((value.shape, value.dtype) for value in inputs)
+
+
+def batch_that_fits(bytes_per_image: int, free: int) -> int:
+    """The largest power of two of images whose KV cache leaves a quarter of the free memory (bytes) for all else."""
+    return 2 ** (max(1, 3 * free // 4 // bytes_per_image).bit_length() - 1)
 
 
 class Throttle:

@@ -4,18 +4,21 @@ A shard is an .npy of images (uint8, N H W 3), named by the indices it holds, wi
 images' bytes, begun with the run's key, as 8 hexadecimal digits. So a changed shard, or another run's, is recognised.
 """
 
+import io
 import os
 import re
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from utils.files import atomic_file, remove_leftovers
+from utils.script import warn
 
 Range = tuple[int, int]  # image indices start <= i < stop
 BLOCK_BYTES = 1 << 22
@@ -27,23 +30,54 @@ def write_shard(folder: Path, start: int, images: np.ndarray, key: int) -> None:
     """Store images start, start + 1, ... (uint8, N H W 3) of the run with this key durably."""
     images = np.ascontiguousarray(images)
     with atomic_file(folder / f"{start:08d}-{start + len(images):08d}.npy") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images))
+        file.write(_header(*images.shape[:2]))
         file.write(images.data)  # np.save would not say why a write failed
         file.write(_checksum(zlib.crc32(images.data, key)))
+
+
+class Writer:
+    """Writes a batch in a thread of its own while the next one is made: one at a time, so one waits in memory.
+
+    A context manager: nothing is under way behind its block, however that ends. An error of a write is raised by the
+    next `call` or at the end of the block; a block that ends by another error says it on stderr.
+    """
+
+    def __init__(self):
+        self.thread, self.under_way = ThreadPoolExecutor(max_workers=1), None
+
+    def call(self, write: Callable[..., None], *args: object) -> None:
+        """write(*args), once the write before has ended."""
+        self._wait()
+        self.under_way = self.thread.submit(write, *args)
+
+    def _wait(self) -> None:
+        before, self.under_way = self.under_way, None
+        if before is not None:
+            before.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.thread.shutdown(wait=True)
+        try:
+            self._wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            warn(f"a batch was not written: {error}")
 
 
 def finished_shards(folder: Path, image_size: int, total: int) -> dict[Range, Path]:
     """The whole shards of images below `total`, in index order. Files of another name or size are left out."""
     shards = {}
     for path, (start, stop) in _named_as_shards(folder):
+        if not start < stop <= total or not path.is_file():
+            continue
+        header = _header(stop - start, image_size)
         with open(path, "rb") as file:
-            try:
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            except ValueError:  # not the start of an array: cut short by a power cut
-                continue
-            whole = path.stat().st_size == file.tell() + np.prod(shape) + CHECKSUM_BYTES
-        if whole and dtype == np.uint8 and shape == (stop - start, image_size, image_size, 3) and stop <= total:
+            is_ours = file.read(len(header)) == header
+        if is_ours and path.stat().st_size == len(header) + (stop - start) * image_size**2 * 3 + CHECKSUM_BYTES:
             shards[start, stop] = path
     return shards
 
@@ -117,7 +151,7 @@ def wait_for_shards(folder: Path, image_size: int, total: int, patience: float) 
 def read_image(shards: dict[Range, Path], index: int) -> np.ndarray:
     """Image `index` (uint8, H W 3) from the shard that holds it."""
     start, path = next((start, path) for (start, stop), path in shards.items() if start <= index < stop)
-    return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[index - start])
+    return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[index - start])  # its header was compared
 
 
 # ---- the .npz ----------------------------------------------------------------------------------------------------
@@ -142,11 +176,10 @@ def assemble(
         raise ValueError(
             f"{path}: images {missing[0][0]} to {missing[0][1] - 1} are in no shard; run the sampler again"
         )
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), image_size, image_size, 3)}
     with atomic_file(path) as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
+                member.write(_header(len(labels), image_size))
                 position = 0
                 for (start, stop), shard in sorted(shards.items()):
                     if stop <= position:
@@ -183,6 +216,14 @@ def _named_as_shards(folder: Path) -> Iterator[tuple[Path, Range]]:
     for path in sorted(folder.glob("*.npy")):
         if name := re.fullmatch(SHARD_PATTERN, path.name):
             yield path, (int(name[1]), int(name[2]))
+
+
+def _header(count: int, image_size: int) -> bytes:
+    """The .npy header of so many images: a shard with another one is not ours, and its header is never parsed."""
+    file = io.BytesIO()
+    shape = count, image_size, image_size, 3
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.getvalue()
 
 
 def _blocks(path: Path, start: int, stop: int, image_size: int, key: int) -> Iterator[bytes]:

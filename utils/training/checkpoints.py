@@ -4,12 +4,13 @@ They are named step_00001234.pt, or step_00001234_epoch_0050.pt where one is kep
 link to the newest complete one.
 """
 
+import errno
 import os
 import re
 import shutil
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,28 @@ LEFTOVER = re.compile(rf"last\.pt\.\d+\.tmp|{NAME.pattern}\.\d+-\d+\.tmp")  # a 
 KEYS = {"model", "optimizer", "step", "args", "config"}  # of every run's checkpoint, since the first version
 
 
+LINK = "last.pt"
+
+
 class Entry(NamedTuple):
     """One entry of a checkpoint: how it is written, and how it is read back where it is."""
 
     write: Callable[[], object]
     read: Callable[[object], object] | None = None  # None: it is there for people, or compared elsewhere
+
+
+def read_back(entries: dict[str, Entry], state: dict, path: Path) -> None:
+    """Hand every entry of a checkpoint's state to what reads it. ValueError names the file and what does not fit."""
+    remedy = "move it away to continue from the one before"
+    needed = {name: entry.read for name, entry in entries.items() if entry.read is not None}
+    if missing := sorted(needed.keys() - state.keys()):
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; {remedy}")
+    for name, read in needed.items():
+        try:
+            read(state[name])
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path}: its {name} does not fit this run ({reason}); {remedy}") from None
 
 
 def snapshot(value: object, copies: dict | None = None) -> object:
@@ -77,16 +95,17 @@ class CheckpointFolder:
         Raises ValueError when there are checkpoints and none of them is good.
         """
         found = self.found()
-        for _, path in found:
+        for step, path in found:
             try:
-                missing = sorted(KEYS - checkpoint_file.read(path, verify=True).keys())
+                state = checkpoint_file.read(path, verify=True)
             except ValueError as error:
                 self.report(f"skipped a checkpoint: {error}")
                 continue
-            if not missing:
+            if why := _why_foreign(state, step):
+                self.foreign.add(path)
+                self.report(f"skipped a file that is no checkpoint of a run: {path} {why}")
+            else:
                 return path
-            self.foreign.add(path)
-            self.report(f"skipped a file that is no checkpoint of a run: {path} has no {', '.join(missing)}")
         if found:
             raise ValueError(
                 f"--results-dir: none of the {len(found)} checkpoints in {self.folder} is readable and a run's; "
@@ -102,18 +121,25 @@ class CheckpointFolder:
     def open(self, stack: ExitStack) -> None:
         """Make the folder, lock the run's until `stack` closes, and remove what an interrupted save left.
 
-        Raises ValueError where another run has it, or it cannot be written.
+        Folders that are still empty in the end go again. Raises ValueError where another run has it, it cannot be
+        written, or something stands where last.pt is to come.
         """
         results = self.folder.parent
+        for made in (results, self.folder):
+            if not made.exists():
+                stack.callback(_remove_if_empty, made)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if lock(results, stack, "--results-dir"):
                 remove_leftovers(self.folder, NAME.pattern)
                 for path in self.folder.glob("*.tmp"):
-                    if LEFTOVER.fullmatch(path.name):
+                    if LEFTOVER.fullmatch(path.name) and path.is_symlink() == path.name.startswith(LINK):
                         path.unlink(missing_ok=True)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise ValueError(f"--results-dir {results}: cannot be written ({error}); choose another folder") from None
+        self._require_own_link()
 
     def save(self, state: dict, step: int, epoch: int | None = None) -> None:
         """Copy `state` now, write it in the background; with `epoch`, for good. A failure is reported, not raised.
@@ -141,20 +167,29 @@ class CheckpointFolder:
             self.failed = True
             kept = self.good[-1] if self.good else "none yet"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            free = shutil.disk_usage(self.folder).free / 1e9  # torch's error does not tell a full disk
-            self.report(
-                f"could not save {path}: {reason} ({free:.3g} GB free there); training goes on, last good one: {kept}"
-            )
+            free = ""  # torch's error does not tell a full disk
+            with suppress(OSError):  # the folder has gone
+                free = f" ({shutil.disk_usage(self.folder).free / 1e9:.3g} GB free there)"
+            self.report(f"could not save {path}: {reason}{free}; training goes on, last good one: {kept}")
             return
         self.failed = False
         self.good = [*(good for good in self.good[-1:] if good != path), path]
         self._prune(path)
 
+    def _require_own_link(self) -> None:
+        """ValueError where last.pt is not a link to a checkpoint beside it, as ours is: that is not replaced."""
+        last = self.folder / LINK
+        if os.path.lexists(last) and not (last.is_symlink() and NAME.fullmatch(os.readlink(last))):
+            raise ValueError(
+                f"--results-dir {self.folder.parent}: {last} is no link to a checkpoint beside it, as this program "
+                "makes it; move it away"
+            )
+
     def _point_last_to(self, path: Path) -> None:
-        link = self.folder / f"last.pt.{os.getpid()}.tmp"
+        link = self.folder / f"{LINK}.{os.getpid()}.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(path.name)
-        os.replace(link, self.folder / "last.pt")
+        os.replace(link, self.folder / LINK)
         sync(self.folder)
 
     def _prune(self, newest: Path) -> None:
@@ -166,8 +201,22 @@ class CheckpointFolder:
 
     def _is_of_a_run(self, path: Path) -> bool:
         """Whether this is a checkpoint of a run, not just called like one; asked before it is deleted."""
-        try:
-            return checkpoint_file.read(path).keys() >= KEYS
-        except ValueError:
-            self.foreign.add(path)
-            return False
+        with suppress(ValueError):
+            if not _why_foreign(checkpoint_file.read(path), int(NAME.fullmatch(path.name)[1])):
+                return True
+        self.foreign.add(path)
+        return False
+
+
+def _why_foreign(state: dict, step: int) -> str:
+    """Why the content of a file is no checkpoint of a run at this step; "" where it is one."""
+    if missing := sorted(KEYS - state.keys()):
+        return f"has no {', '.join(missing)}"
+    if type(state["step"]) is not int or state["step"] != step:
+        return f"holds step {str(state['step'])[:40]}, not that of its name"
+    return ""
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

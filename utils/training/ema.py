@@ -27,6 +27,8 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take the averages out of `state`, which may be a whole state dict."""
+        """Take the averages out of `state`, which may be a whole state dict. ValueError for one of another shape."""
         for name, average in zip(self.names, self.averages):
+            if state[name].shape != average.shape:  # copying would broadcast it
+                raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(average.shape)}")
             average.copy_(state[name])

@@ -15,15 +15,23 @@ SVAE_RECIPE = dict(
 )  # fmt: skip
 AR_RECIPE = dict(
     epochs=400, global_batch_size=512, lr=3e-4, warmup_steps=20_000, decay_start=None, ema=0.9999, trained_vae=None,
-    cls_token_num=None, class_dropout=None, diff_batch_mul=None,
+    cls_token_num=None, class_dropout=None, diff_batch_mul=None, eval_cfg_scale=3.0,
 )  # fmt: skip
 # Flags that have an effect only beside others: when, and with which
 DEPENDENT: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
     "min_lr": (lambda args: args.decay_start >= 0, "with --decay-start"),
     "disc_start": (lambda args: bool(args.disc_weight), "with --disc-weight above 0"),
     "vgg_weights": (lambda args: bool(args.perceptual_weight), "with --perceptual-weight above 0"),
+    "eval_reference": (lambda args: args.eval_every > 0, "with --eval-every"),
+    "eval_samples": (
+        lambda args: args.eval_every > 0 and bool(args.eval_reference or args.vae_only),
+        "with --eval-every and --eval-reference",
+    ),
+    "eval_cfg_scale": (lambda args: args.eval_reference is not None, "with --eval-every and --eval-reference"),
 }
 MIN_LR = 1e-5
+EVAL_SAMPLES = 5000  # MIND's authors find as many as telling as FID of 50,000
+MAX_SIZE = 2**20  # of an architecture's numbers
 
 # Flags that may differ when a run is resumed, and those of them whose change is told. All others must be as they were;
 # those of the architecture are not compared themselves, but the architecture that comes of them.
@@ -33,11 +41,12 @@ ARCHITECTURE = {
     "diff_batch_mul",
 }  # fmt: skip
 SHOWN = {"num_pictures": "the number of images"}  # names that checkpoints keep, as people read them
+ALWAYS = {"model", "vae_only", "global_batch_size", "global_seed"}  # in every run's command line
 MEASURED = {"latent_shift", "latent_scale", "svae.latent_shift", "svae.latent_scale"}  # follow from the weights
 FREE = TOLD | ARCHITECTURE | {
     "data_path", "results_dir", "trained_vae", "vgg_weights", "epochs", "max_steps", "grad_accum_steps", "num_workers",
-    "log_every", "save_every", "keep_freq", "sample_every", "compile", "grad_checkpointing", "max_skipped_steps",
-    "max_bad_share", "world_size",
+    "log_every", "save_every", "keep_freq", "sample_every", "eval_every", "eval_samples", "eval_reference",
+    "eval_cfg_scale", "compile", "grad_checkpointing", "max_skipped_steps", "max_bad_share", "world_size",
 }  # fmt: skip
 
 OR_NONE = number(int, lambda value: value >= -1, "be at least 0, or -1 for none")
@@ -65,17 +74,17 @@ def parse_args(
     add("--model", default="SphereAR-L", choices=models, help="size; with --vae-only, whose S-VAE [%(default)s]")
     add("--vae-only", action="store_true", help="train the S-VAE instead of the AR model")
     add("--trained-vae", metavar="FILE", help="AR: the S-VAE's checkpoint; it decides image size, patch and latent dim")
-    add("--image-size", type=at_least(1), help="side of the images in pixels [the model's]")
+    add("--image-size", type=within(1, 2**13), help="side of the images in pixels [the model's]")
     add("--patch-size", type=int, choices=[4, 8, 16, 32], help="side of a token in pixels [the model's]")
-    add("--latent-dim", type=at_least(2), help="dimension of a token [the model's]")
+    add("--latent-dim", type=within(2, MAX_SIZE), help="dimension of a token [the model's]")
     add("--posterior", choices=posteriors, help="the S-VAE's law of latents; with --trained-vae, its own [the model's]")
     add("--sigma", type=above(0), help="S-VAE: deviation of the posterior fixed-sigma, mean size of random-sigma's")
     add("--projection", choices=projections, help="of latents onto the sphere: for decoder and AR model, for the "
         "decoder only, or not [all; none for posteriors that are not spherical]")  # fmt: skip
-    add("--num-classes", type=at_least(1), help="classes in the data [the model's]")
-    add("--cls-token-num", type=at_least(1), help="AR: class tokens in front [the model's]")
+    add("--num-classes", type=within(1, MAX_SIZE), help="classes in the data [the model's]")
+    add("--cls-token-num", type=within(1, MAX_SIZE), help="AR: class tokens in front [the model's]")
     add("--class-dropout", type=within(0.0, 1.0), help="AR: share of labels replaced by the null class [0.1]")
-    add("--diff-batch-mul", type=at_least(1), help="AR: flow times drawn per token [the model's, 4]")
+    add("--diff-batch-mul", type=within(1, MAX_SIZE), help="AR: flow times drawn per token [the model's, 4]")
 
     add("--epochs", type=at_least(1), help="[100 with --vae-only, else 400]")
     add("--max-steps", type=at_least(1), help="stop after so many updates, if that is before the epochs' end")
@@ -122,7 +131,12 @@ def parse_args(
     add("--aug-decay-start-epoch", type=at_least(0), default=350, help="random crops grow rare from here [%(default)s]")
     add("--aug-decay-end-epoch", type=at_least(0), default=375, help="from here centre crops remain [%(default)s]")
     add("--no-flip", action="store_true", help="no horizontal flips (digits, letters)")
-    add("--max-bad-share", type=at_least(0.0), default=0.001, help="unreadable images replaced before it is an error")
+    add(
+        "--max-bad-share",
+        type=within(0.0, 1.0),
+        default=0.001,
+        help="of unreadable images before it is an error [0.001]",
+    )
     add("--num-workers", type=within(0, 1024), default=8, help="loading processes per training process [%(default)s]")
 
     add(
@@ -141,7 +155,14 @@ def parse_args(
     add(
         "--keep-freq", type=at_least(0), default=50, help="keep every so many epochs' checkpoint for good; 0: none [50]"
     )
-    add("--sample-every", type=at_least(0), default=5000, help="steps between images in TensorBoard; 0: none [5000]")
+    add("--sample-every", type=at_least(0), default=5000, help="steps between sheets of images; 0: none [5000]")
+    add("--eval-every", type=at_least(0), default=0, help="steps between evaluations, and one at the end; 0: none [0]")
+    add("--eval-reference", metavar="FILE", help="AR: .npz, statistics or folder of PNGs for FID and MIND of samples; "
+        "S-VAE: images to reconstruct [those held out]")  # fmt: skip
+    add("--eval-samples", type=at_least(2), help=f"images to sample or reconstruct [{EVAL_SAMPLES}]")
+    add("--eval-cfg-scale", type=at_least(1.0), help="AR: guidance of these samples [3.0]")
+    add("--held-out", type=at_least(0), default=0, metavar="N",
+        help="leave N images out of training; --eval-every reports their loss [0]")  # fmt: skip
     args = parser.parse_args(argv)
 
     fill_in_recipe(args)
@@ -166,7 +187,7 @@ def fill_in_recipe(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             raise ValueError(f"{flag(name)} {getattr(args, name)}: is for {stage}")
     asked = {name for name in DEPENDENT if getattr(args, name) is not None}
-    for name, value in {**own, "min_lr": MIN_LR}.items():
+    for name, value in {**own, "min_lr": MIN_LR, "eval_samples": EVAL_SAMPLES}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.decay_start is None:
@@ -186,6 +207,8 @@ def check_together(args: argparse.Namespace) -> None:
         )
     if args.decay_start >= 0 and args.min_lr > args.lr:
         raise ValueError(f"--min-lr {args.min_lr}: must not be above --lr {args.lr}")
+    if args.eval_every and args.eval_reference is None and not args.held_out:
+        raise ValueError(f"--eval-every {args.eval_every}: nothing to evaluate; add --eval-reference or --held-out")
     if 0 <= args.decay_start < args.warmup_steps:
         raise ValueError(
             f"--decay-start {args.decay_start}: must not be before the warm-up's end, "
@@ -236,8 +259,11 @@ def check_run(args: argparse.Namespace, steps_per_epoch: int) -> int:
             f"{args.world_size} x {args.grad_accum_steps}; "
             f"{args.global_batch_size // shares * shares or shares} would do"
         )
-    if steps_per_epoch == 0:
-        raise ValueError(f"--global-batch-size {args.global_batch_size} is more than the data set holds: lower it")
+    if steps_per_epoch < 1:
+        without = f" without --held-out {args.held_out}" if args.held_out else ""
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is more than the data set holds{without}: lower it"
+        )
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     for name in ("warmup_steps", "decay_start"):
         if getattr(args, name) > total_steps:
@@ -253,9 +279,9 @@ def check_same_run(path: Path, args_before: argparse.Namespace, args: argparse.N
 
     Raises ValueError naming what differs where that makes it another run. A flag without effect here is not compared.
     """
-    if not isinstance(args_before, argparse.Namespace):
+    if not isinstance(args_before, argparse.Namespace) or not vars(args_before).keys() >= ALWAYS:
         raise ValueError(f"{path}: not a checkpoint of a run: its args are no command line's; move it away")
-    before, now = vars(args_before), vars(args)
+    before, now = {"held_out": 0, **vars(args_before)}, vars(args)  # checkpoints older than that flag lack it
     changed = {name: (old, now[name]) for name, old in before.items() if name in now and now[name] != old}
     strict = changed.keys() - FREE - {name for name, value in now.items() if value is None}
     others = [f"{SHOWN.get(name, name)} was {old}, now {new}" for name, (old, new) in changed.items() if name in strict]

@@ -54,6 +54,9 @@ class Player:
         return bool(nn.utils.get_total_norm(self.weights, norm_type=float("inf")).isfinite())
 
     def load_scaler(self, state: dict) -> None:
+        """Take over the scale, where this run has one. ValueError for what is no scaler's state."""
+        if not isinstance(state, dict) or (state and not 0 < state["scale"] < float("inf")):
+            raise ValueError("no state of a scaler")
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
 

@@ -21,6 +21,7 @@ class Preemption:
     Asked between steps, `requested` says whether any process got a signal. When the main thread has not come back to
     it within the grace period, the watcher itself calls `rescue` (on rank 0; the lock `updating` is held, so weights
     and optimizers are those of a whole number of steps) and ends the process. Exit code: `exit_code`.
+    Not behind an NCCL collective that never ends: `rescue` then waits for the device, until torchrun kills.
     A context manager: the watcher ends with the block. One that lived on would free the tensors behind `rescue` while
     the interpreter shuts down, which aborts the process.
     """

@@ -1,6 +1,7 @@
-"""What a run reports: losses that stay on the device between log lines, one text line, TensorBoard."""
+"""What a run reports: losses that stay on the device between log lines; log.txt, metrics.jsonl, TensorBoard, sheets."""
 
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -12,6 +13,10 @@ import torch
 from tqdm import tqdm
 
 from utils import distributed
+from utils.images import to_uint8, write_png
+from utils.training.metrics_file import NAME, MetricsFile
+
+SHEETS = "sheets"  # folder of the images by step
 
 
 def summary_writer(folder: Path, step: int):
@@ -24,6 +29,16 @@ def summary_writer(folder: Path, step: int):
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=step)
+
+
+def without_tensorboards(print_error: Callable) -> Callable:
+    """threading.excepthook without the tracebacks of TensorBoard's thread, whose errors the writer raises again."""
+
+    def print_others(error: threading.ExceptHookArgs) -> None:
+        if type(error.thread).__module__.partition(".")[0] != "tensorboard":
+            print_error(error)
+
+    return print_others
 
 
 def add_to(totals: dict[str, torch.Tensor], share: float, **values: torch.Tensor) -> None:
@@ -58,20 +73,23 @@ class Progress:
 class Tracker:
     """Means of what the steps report. Nothing waits for the device until a line is due; then it is one transfer.
 
-    What cannot be written to log.txt or TensorBoard is told to `report` once, and training goes on.
+    What cannot be written is told to `report` once, and training goes on.
     """
 
     def __init__(self, folder: Path, progress: Progress, global_batch_size: int, report: Callable[[str], None] = print):
         self.progress, self.global_batch_size, self.report = progress, global_batch_size, report
         step, total_steps = progress.step, progress.total_steps
-        self.writer = self.file = None
-        self.log_fails = False
+        self.folder, self.writer, self.file, self.metrics = folder, None, None, None
+        self.failing: set[str] = set()  # files that could not be written the last time
         with distributed.all_or_none():
             if distributed.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
                 if (folder / "log.txt").is_fifo():  # it would be waited for, for ever
                     raise ValueError(f"{folder / 'log.txt'}: is a pipe; move it away")
+                self.metrics = MetricsFile(folder / NAME, step)
                 self.file = open(folder / "log.txt", "ab", buffering=0)  # noqa: SIM115
+        self.excepthook = threading.excepthook
+        threading.excepthook = without_tensorboards(self.excepthook)
         if self.file is not None:
             with self._tensorboard():
                 self.writer = summary_writer(folder / "tensorboard", step)
@@ -84,7 +102,7 @@ class Tracker:
         self.indices: list[torch.Tensor] = []  # this process's images in each of them
         self.finite: list[torch.Tensor] = []
         self.skipped_in_a_row = 0
-        self.logged = step
+        self.logged = self.started_at = step
         self.started = time.perf_counter()
 
     def add(self, metrics: dict[str, torch.Tensor], *, finite: torch.Tensor, indices: torch.Tensor) -> None:
@@ -121,38 +139,74 @@ class Tracker:
         means = {name: total / count if count else float("nan") for name, (total, count) in zip(names, pairs)}
         means["lr"] = lr
         means["images/s"] = (step - self.logged) * self.global_batch_size / seconds
-        with self._tensorboard():
-            if self.writer is not None:
-                for name, value in means.items():
-                    self.writer.add_scalar(name, value, step)
         epoch = (step - 1) // self.progress.steps_per_epoch
+        self._scalars(means)
+        self.record("training", {"epoch": epoch, **means})
         values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         self.print(f"step {step:>{len(str(total_steps))}}/{total_steps}  epoch {epoch}  {values}")
         self.sums, self.logged = {}, step
         self.started = time.perf_counter()
         return means
 
-    def image(self, name: str, images: torch.Tensor) -> None:
-        """A grid of images (N, 3, H, W) in [-1, 1] to TensorBoard, from rank 0."""
-        if self.writer is not None:
-            from torchvision.utils import make_grid
+    def evaluation(self, values: dict[str, float], receipt: dict, seconds: float) -> None:
+        """What an evaluation of the newest step found, and all that is needed to find it again."""
+        self._scalars({f"evaluation/{name}": value for name, value in values.items()})
+        self.record("evaluation", {**values, "seconds": round(seconds, 2), "receipt": receipt})
+        found = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.print(f"step {self.progress.step}: evaluated in {seconds:.0f} s  {found}")
 
-            grid = make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=8)
-            with self._tensorboard():
+    def image(self, name: str, images: torch.Tensor) -> None:
+        """A grid of images (N, 3, H, W) in [-1, 1] to TensorBoard, and as a PNG of this step's, from rank 0."""
+        if self.file is None:
+            return
+        from torchvision.utils import make_grid
+
+        grid = make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=8)
+        with self._tensorboard():
+            if self.writer is not None:
                 self.writer.add_image(name, grid, self.progress.step)
+        path = self.folder / SHEETS / f"step_{self.progress.step:08d}.png"
+        with self._going_on(str(path.parent)):
+            path.parent.mkdir(exist_ok=True)
+            write_png(path, to_uint8(2 * grid[None] - 1)[0])
 
     def print(self, text: str) -> None:
         """A line above the progress bar and in log.txt, from rank 0."""
         if self.file is not None:
             tqdm.write(text)
             sys.stdout.flush()
-            try:
+            with self._going_on(self.file.name):
                 self.file.write(f"{text}\n".encode())
-                self.log_fails = False
-            except OSError as error:
-                if not self.log_fails:
-                    self.report(f"could not write to {self.file.name}: {error.strerror}; training goes on")
-                self.log_fails = True
+
+    def record(self, kind: str, values: dict) -> None:
+        """A line of metrics.jsonl, from rank 0."""
+        if self.metrics is not None:
+            with self._going_on(self.metrics.name):
+                self.metrics.append(kind, self.progress.step, values)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """The time inside counts for no throughput."""
+        started = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - started
+
+    def _scalars(self, values: dict[str, float]) -> None:
+        with self._tensorboard():
+            if self.writer is not None:
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, self.progress.step)
+
+    @contextmanager
+    def _going_on(self, name: str) -> Iterator[None]:
+        """Around the writing of a file: where that fails it is told, once until it succeeds again."""
+        try:
+            yield
+            self.failing.discard(name)
+        except OSError as error:
+            if name not in self.failing:
+                self.report(f"could not write to {name}: {error.strerror}; training goes on")
+            self.failing.add(name)
 
     @contextmanager
     def _tensorboard(self) -> Iterator[None]:
@@ -171,5 +225,6 @@ class Tracker:
         with self._tensorboard():
             if self.writer is not None:
                 self.writer.close()
-        if self.file is not None:
-            self.file.close()
+        threading.excepthook = self.excepthook
+        for file in filter(None, (self.file, self.metrics)):
+            file.close()
