@@ -227,7 +227,8 @@ def table(record: dict) -> str:
             cells.append(f"{mark}{scale:g}{mark}")
             for name in shown:
                 values = metrics.get(name, [])
-                cells.append(f"{mean(values):.3f} ± {spread(values):.3f}" if values else "")
+                deviation = f" ± {spread(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{mean(values):.3f}{deviation}" if values else "")
             lines.append(f"| {' | '.join(cells)} | {len(metrics[BEST])} |")
     floor = ", ".join(f"{METRICS[name]} {record['floor'][name]:.3f}" for name in shown if name in record["floor"])
     lines.append(f"\n{record['--num-images']} images; {record['floor']['images']} real ones against others: {floor}.")

@@ -53,6 +53,7 @@ def test_flat_tokens_get_noise_of_a_turns_energy(scale):
     chord = (reconstruction.turned(on_sphere, 0.4, noise) - on_sphere).square().mean()
     moved = reconstruction.disturbed(SVAE(config), tokens, 0.4, noise)
     assert (moved - tokens).square().mean() == pytest.approx(chord.item(), rel=0.05)
+    assert not torch.isclose(moved.norm(dim=-1), tokens.norm(dim=-1), rtol=1e-3).all()
 
 
 def test_a_row_for_every_angle_with_less_noise_nearer_to_the_images(here, capsys):
