@@ -125,7 +125,7 @@ def test_every_flag_exists():
 
 def published() -> list[list[str]]:
     """The words of each published command, from the script's name on, as they stand in the README."""
-    text = README.partition("### The published commands")[2].partition("\n### ")[0]
+    text = README.partition("## The published commands")[2].partition("\n## ")[0]
     blocks = [shlex.split(block.replace("\\\n", " ")) for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)]
     return [block[next(i for i, word in enumerate(block) if word in SCRIPTS) :] for block in blocks]
 
