@@ -1,6 +1,6 @@
 # make quickstart   environment to run, real images, both training stages, samples, metrics, a picture: minutes on 2 cores
 # make ablation     the paper's ablations on the same digits, three seeds: hours; SUITE=tokens64 or cifar for the longer ones
-# make test         whole environment, lint, all CPU tests
+# make test         whole environment, lint, types, all CPU tests
 # make test-faults  the long fault-injection tests
 # make lock         requirements.lock anew, from what requirements.txt allows (needs .venv)
 # make clean        remove what quickstart made (not the environment)
@@ -38,23 +38,24 @@ $(READY): requirements.txt $(RUN)
 	@touch $(RUN)
 	@touch $@
 
-# spinning threads are several times slower when other programs run too
-quickstart: export OMP_WAIT_POLICY = PASSIVE
+# threads that spin for long are several times slower when other programs run too, those that never spin when none do
+quickstart: export GOMP_SPINCOUNT = 10000
 quickstart: $(RUN)
 	@echo "== 1/5 real images: 5,000 handwritten digits as an ImageNet-shaped tar"
 	$(PY) -m dataset.toy --out $(Q)/data
 	@echo "== 2/5 S-VAE"
 	$(PY) train.py @recipes/nano-svae.txt --data-path $(DATA) --results-dir $(Q)/svae
 	@echo "== 3/5 SphereAR-Nano"
-	$(PY) train.py @recipes/nano.txt --data-path $(DATA) --results-dir $(Q)/ar --trained-vae $(Q)/svae/checkpoints/last.pt
+	$(PY) train.py @recipes/nano.txt --data-path $(DATA) --results-dir $(Q)/ar --trained-vae $(Q)/svae/checkpoints/last.pt \
+		--eval-every 350 --eval-samples 100 --eval-reference $(Q)/data/reference.npz --cache-features
 	@echo "== 4/5 $(NUM_SAMPLES) samples"
 	$(PY) sample_ddp.py --model SphereAR-Nano --ckpt $(Q)/ar/checkpoints/last.pt --sample-dir $(Q)/samples \
 		--num-fid-samples $(NUM_SAMPLES) --labels balanced --num-sampling-steps 25 --cfg-scale 3 \
 		--per-proc-batch-size 250 --to-npz
 	@echo "== 5/5 metrics"
-	$(PY) evaluator.py $(Q)/data/reference.npz $(Q)/samples/samples.npz
+	$(PY) evaluator.py $(Q)/data/reference.npz $(Q)/samples/samples.npz --cache-features
 	$(PY) -m dataset.toy --judge $(DATA) $(Q)/samples/samples.npz
-	@echo "picture: $(Q)/samples/contact_sheet.png"
+	@echo "picture: $(Q)/samples/contact_sheet.png  about the training: $(Q)/ar/report.html"
 
 ablation: $(RUN)
 	$(PY) -m benchmarks.ablation --suite $(SUITE)
@@ -62,6 +63,7 @@ ablation: $(RUN)
 test: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/pyrefly check --output-format min-text --summary=none
 	OMP_NUM_THREADS=1 $(PY) -m pytest
 
 test-faults: $(READY)

@@ -122,6 +122,8 @@ def posterior_draws(svae: SVAE, draws: StepDraws) -> Draws:
 class SVAEStage(Stage):
     """L1 + LPIPS + hinge + KL on reconstructions, and the discriminator's own loss."""
 
+    model: SVAE
+
     def __init__(self, args: argparse.Namespace, config: SVAEConfig, device: torch.device):
         super().__init__(args, device)
         for weight, least, what in (("disc", 32, "the discriminator"), ("perceptual", 16, "LPIPS")):
@@ -220,6 +222,8 @@ class SVAEStage(Stage):
 
 class ARStage(Stage):
     """The flow-matching loss of next tokens, on fresh samples of the frozen S-VAE's posterior."""
+
+    model: SphereAR
 
     def __init__(self, args: argparse.Namespace, config: SphereARConfig, vae: SVAE, device: torch.device):
         super().__init__(args, device)
@@ -375,7 +379,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[Stage, ImageD
     if args.eval_every and args.vae_only:
         comparison = compare_reconstructions(args.eval_reference, left_out, args.eval_samples, data.image_size, device)
     elif args.eval_reference is not None:
-        comparison = compare_samples(args.eval_reference, device)
+        comparison = compare_samples(args.eval_reference, device, cache_features=bool(args.cache_features))
     stage = SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, device)
     return stage, data, left_out, comparison
 

@@ -39,7 +39,7 @@ class Posterior(Protocol):
     on_sphere: ClassVar[bool]  # whether its latents have norm √C by themselves
     takes_sigma: ClassVar[bool]  # whether the config's sigma goes with the encoder's output
 
-    def __init__(self, raw: Tensor): ...
+    def __init__(self, raw: Tensor, **settings: float): ...
 
     @staticmethod
     def num_outputs(latent_dim: int) -> int:

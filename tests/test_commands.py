@@ -26,11 +26,12 @@ SCRIPTS = {"train.py": train.main, "sample_ddp.py": sample_ddp.main, "evaluator.
 OTHERS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--rdzv_backend",
           "--rdzv_endpoint", "--rdzv_id", "--logdir", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal",
           "--requeue", "--open-mode", "--batch", "--no-decoder", "--turns", "--images", "--index-url",
-          "--no-build-isolation", "--no-deps", "--constraint"}  # fmt: skip
+          "--no-build-isolation", "--no-deps", "--constraint",
+          "--precision", "--what", "--models"}  # fmt: skip
 # torchrun, TensorBoard, SLURM, benchmarks, pip; those of python -m … are asked for as the scripts' are
 MODULES = (
-    "dataset.toy", "dataset.check", "dataset.reference", "examples.collapse", "examples.sweep", "examples.reconstruction",
-    "examples.convert", "examples.report",
+    "dataset.toy", "dataset.check", "dataset.reference", "examples.collapse", "examples.sweep",
+    "examples.reconstruction", "examples.convert", "examples.report",
 )  # fmt: skip
 
 

@@ -65,6 +65,15 @@ def test_statistics_alone_give_fid_alone_and_count_before_images(network, refere
     assert alone["FID"] == both["FID"]
 
 
+def test_the_references_features_are_kept_only_when_asked(network, reference, made):
+    plain = online.compare_samples(str(reference), CPU).generated(lambda numbers: made[numbers], COUNT)
+    assert list(reference.parent.iterdir()) == [reference]
+    for from_cache in (False, True):
+        comparison = online.compare_samples(str(reference), CPU, cache_features=True)
+        assert comparison.generated(lambda numbers: made[numbers], COUNT) == plain
+        assert comparison.receipt["reference"]["features_from_cache"] is from_cache
+
+
 def test_reconstructions_are_compared_with_their_originals(network, reference):
     comparison = online.compare_reconstructions(str(reference), None, 100, 32, CPU)
     seen = []

@@ -50,6 +50,7 @@ def test_published_commands_are_the_shortest_ones():
         ("--vae-only --disc-weight 0 --disc-start 5", r"--disc-start 5: has an effect only with --disc-weight above 0"),
         ("--vae-only --perceptual-weight 0 --vgg-weights x", r"--vgg-weights x: has an effect only with --perceptual"),
         ("--vae-only --min-lr 0", r"--min-lr 0.0: has an effect only with --decay-start"),
+        ("--trained-vae x.pt --cache-features", r"--cache-features True: has an effect only in AR training"),
         ("--trained-vae x.pt --lr inf", r"--lr: inf must be above 0"),
         ("--trained-vae x.pt --lr nan", r"--lr: nan must be above 0"),
         (f"--vae-only --latent-dim {10**22}", r"--latent-dim: 1000\d+ must lie in \[2, 1048576\]"),

@@ -180,7 +180,7 @@ def all_or_none() -> Iterator[None]:
     first = next(filter(None, gather_objects(told)), None)
     if first is None:
         return
-    error = mine if told == first else TOLD[first[0]](first[1])
+    error = mine if mine is not None and told == first else TOLD[first[0]](first[1])
     error.is_shared = True
     raise error
 

@@ -30,8 +30,8 @@ class Comparison:
     `source`: images by number (path, count, height, width, read, sha256) and their statistics, as an NpzReader.
     """
 
-    def __init__(self, source, device: torch.device):
-        self.source, self.device = source, device
+    def __init__(self, source, device: torch.device, *, cache_features: bool = False):
+        self.source, self.device, self.settings = source, device, Settings(cache_features=cache_features)
         self.length = MADE_AT_ONCE[device.type]
         distributed.from_main(lambda: inception_weights.find_weights(None) and None)  # before training
         self.reference: Evaluated | None = None
@@ -64,7 +64,7 @@ class Comparison:
 
     def _distances(self, batches: Iterator[np.ndarray], count: int) -> dict[str, float]:
         """FID and MIND of `count` images, of which these are this process's parts."""
-        threads, settings = torch.get_num_threads(), Settings()
+        threads, settings = torch.get_num_threads(), self.settings
         with torch.autocast(self.device.type, enabled=False), exact_arithmetic():
             workers = choose_workers(settings, self.device, BATCH_SIZE[self.device.type], [self.source])
             with Extraction(settings, self.device, BATCH_SIZE[self.device.type], workers, shows=False) as extraction:
@@ -81,13 +81,13 @@ class Comparison:
         return {name: found[name] for name in ("FID", "MIND") if name in found}
 
 
-def compare_samples(path: str, device: torch.device) -> Comparison:
+def compare_samples(path: str, device: torch.device, *, cache_features: bool = False) -> Comparison:
     """With the images or statistics of --eval-reference. Raises ValueError where they do not do."""
     with distributed.all_or_none():
         source = open_images(path)
         if source.count < 2 and "mu" not in source.statistics:
             raise ValueError(f"--eval-reference {path}: FID needs at least 2 images, or their statistics")
-    return Comparison(source, device)
+    return Comparison(source, device, cache_features=cache_features)
 
 
 def compare_reconstructions(
