@@ -31,7 +31,6 @@ from models.samplers import SAMPLERS
 from utils import checkpoint_file, distributed, script
 from utils.evaluation.batches import Batches
 from utils.evaluation.extraction import Extraction, Settings, choose_workers
-from utils.evaluation.features import my_parts
 from utils.evaluation.inputs import Images, open_images
 from utils.evaluation.metrics import SEED, Reference, as_reference, distances, floor
 from utils.evaluation.pixels import pixel_distances, pixel_features
@@ -152,7 +151,7 @@ class Real(NamedTuple):
         pixels, agreed = torch.zeros(len(labels), self.pixels.shape[1]), torch.zeros(())
 
         def batches() -> Iterator[np.ndarray]:
-            for part in filter(len, my_parts(len(labels), batch_size)):
+            for part in filter(len, distributed.my_parts(len(labels), batch_size)):
                 numbers = torch.arange(part.start, part.stop, device=labels.device)
                 images = to_uint8(make(numbers))
                 pixels[part.start : part.stop] = pixel_features(images)

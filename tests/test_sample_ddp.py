@@ -103,7 +103,7 @@ def test_annealed_steps_are_recorded_as_they_were_asked_for(sample, capsys):
     assert code == 0
     assert json.loads((folder / "samples.json").read_text())["settings"]["--num-sampling-steps"] == "4:2"
     code, other = sample("other", "--num-fid-samples", 2, "--num-sampling-steps", 4, "--sampler", "ab2", "--to-npz")
-    assert code == 0 and (load(folder)[0] != load(other)[0]).any()
+    assert code == 0 and (load_images(folder)[0] != load_images(other)[0]).any()
     assert sample("run", "--num-fid-samples", 2, "--num-sampling-steps", "4:3", "--sampler", "ab2")[0] == 2
     assert "--num-sampling-steps: 4:2 there, 4:3 now" in capsys.readouterr().err
 
