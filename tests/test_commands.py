@@ -1,11 +1,14 @@
 """The three scripts as commands: the quickstart's chain at its smallest, the published lines, the README."""
 
+import contextlib
+import importlib
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,7 @@ OTHERS = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--mas
 # torchrun, TensorBoard, SLURM, benchmarks, pip; those of python -m … are asked for as the scripts' are
 MODULES = (
     "dataset.toy", "dataset.check", "dataset.reference", "examples.collapse", "examples.sweep",
-    "examples.reconstruction", "examples.convert", "examples.report",
+    "examples.reconstruction", "examples.convert", "examples.report", "benchmarks.ablation",
 )  # fmt: skip
 
 
@@ -116,13 +119,15 @@ def test_the_tree_names_what_is_there():
     assert missing == [] and product - named == set()
 
 
-def help_of(command: list[str]) -> str:
-    result = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return result.stdout
+def help_of(main: Callable[[list[str]], int], capsys) -> str:
+    with contextlib.suppress(SystemExit):
+        main(["--help"])
+    return capsys.readouterr().out
 
 
-def test_every_flag_exists():
-    known = "".join(help_of([script]) for script in SCRIPTS) + "".join(help_of(["-m", name]) for name in MODULES)
+def test_every_flag_exists(capsys):
+    mains = [*SCRIPTS.values(), *(importlib.import_module(name).main for name in MODULES)]
+    known = "".join(help_of(main, capsys) for main in mains)
     for flag in set(re.findall(r"--[a-z][a-z0-9_-]+", "".join(GUIDES.values()))) - OTHERS:
         assert flag in known, flag
 

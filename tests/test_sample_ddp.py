@@ -662,7 +662,7 @@ def test_the_script_compiles_once_and_fills_up_the_last_batch(sample, monkeypatc
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     compiled_normals.cache_clear()
     compiled = brief(sample, "compiled", "--compile")
-    # as in test_graphs; noise for either purpose; the decoder's block, stem and last convolution; none for the last batch
+    # as in test_graphs; noise for either purpose; the decoder: block, stem, last convolution; none for the last batch
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 8 + 2 + 3
     assert np.abs(compiled - brief(sample, "plain", "--no-compile")).max() <= 1
     compiled_normals.cache_clear()
