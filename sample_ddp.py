@@ -239,7 +239,8 @@ def settings_of(args: argparse.Namespace, config: SphereARConfig, ckpt_sha256: s
     settings = {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
     if isinstance(args.num_sampling_steps, tuple):
         settings["--num-sampling-steps"] = ":".join(map(str, args.num_sampling_steps))
-    settings |= {} if args.class_ids is None else {"--labels": None}
+    if args.class_ids is not None:
+        settings["--labels"] = None
     if init is not None:
         settings["--init-images sha256"] = init.sha256()
     return json.loads(json.dumps({"--ckpt sha256": ckpt_sha256, "config": asdict(config), **settings}))
@@ -273,10 +274,8 @@ def make_plan(args: argparse.Namespace, settings: dict, image_size: int, trunk: 
     plan = plan._replace(batch_size=min(plan.batch_size, -(-plan.count // distributed.world_size())))
     if not plan.missing or args.compile is not None or not few_rows.is_large(trunk):
         return plan
-    rows, ways = (
-        rows_of(args, plan.batch_size),
-        stored.get("linear_ways", {}),
-    )  # a continued run keeps to them, for the same bits
+    ways = stored.get("linear_ways", {})  # a continued run keeps to them, for the same bits
+    rows = rows_of(args, plan.batch_size)
     if str(rows) not in ways:
         ways[str(rows)] = few_rows.choose_ways(trunk, rows)
         run_folder.note(folder, {"linear_ways": ways})
