@@ -30,14 +30,12 @@ from dataset.toy import Judge, write_cifar, write_toy
 from examples import collapse
 from models import PRESETS
 from utils import provenance, script
-from utils.evaluation.frechet import Moments, frechet_distance
-from utils.evaluation.mind import mind
+from utils.evaluation.pixels import pixel_distances, pixel_features
 from utils.files import atomic_file, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "ablation"
 PICTURES, DOCUMENT = ROOT / "assets", ROOT / "docs" / "ablation.md"
-MIND_SEED = 2020  # the evaluator's
 PROBED = "S-04", "G-04", "G-16"  # whose probe is drawn
 
 # name -> flags of the S-VAE's stage, after the paper's names: KL weight in thousandths, F's deviation in tenths
@@ -173,11 +171,7 @@ class Real:
 
     def distances(self, images: np.ndarray) -> dict[str, float]:
         """Pixel-space distances of uint8 images (N, S, S, 3) to the reference."""
-        features = pixel_features(images)
-        return {
-            "pixel_frechet": frechet_distance(*moments(features), *moments(self.reference)),
-            "pixel_mind": mind(features, self.reference, seed=MIND_SEED),
-        }
+        return pixel_distances(pixel_features(images), self.reference)
 
     def floor(self, folder: Path) -> dict[str, float]:
         """What as many real images score as are sampled, held out of the reference, and of the judge."""
@@ -194,18 +188,6 @@ def write_images(path: Path, images: np.ndarray) -> None:
     if not path.exists():
         with atomic_file(path) as file:
             np.savez(file, arr_0=images)
-
-
-def pixel_features(images: np.ndarray) -> torch.Tensor:
-    """Colours in [0, 1] of blocks of 2 x 2 pixels, (N, 3·S·S / 4), of uint8 images (N, S, S, 3)."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return torch.nn.functional.avg_pool2d(pixels, 2).flatten(1)
-
-
-def moments(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    found = Moments.zeros(features.shape[1])
-    found.add(features)
-    return found.mean_and_covariance()
 
 
 def inception_scores(run: Callable[..., None], log: Path, reference: Path, samples: Path) -> dict[str, float]:
