@@ -2,6 +2,7 @@
 # make ablation     the paper's ablations on the same digits, three seeds: hours; SUITE=tokens64 or cifar for the longer ones
 # make test         whole environment, lint, types, all CPU tests
 # make test-faults  the long fault-injection tests
+# make test-browser the report page in a headless Chromium, where one is installed
 # make lock         requirements.lock anew, from what requirements.txt allows (needs .venv)
 # make clean        remove what quickstart made (not the environment)
 
@@ -16,7 +17,7 @@ DATA := $(Q)/data/mnist.tar
 NUM_SAMPLES := 500
 SUITE := digits
 
-.PHONY: quickstart ablation test test-faults lock clean
+.PHONY: quickstart ablation test test-faults test-browser lock clean
 
 # Two levels of one environment: RUN is there when it can run, READY when it can test too. A stamp is taken away before
 # packages change, so that an installation that was interrupted begins anew, and a good one is only brought up to date.
@@ -68,6 +69,9 @@ test: $(READY)
 
 test-faults: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m faults
+
+test-browser: $(READY)
+	$(PY) -m pytest -m browser
 
 lock:
 	@$(PY) -c "import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else 'the lock is made with Python 3.11')"
