@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 from dataset import ImageDataset, Sample, build_dataset, train_loader
 from dataset.held_out import HeldOut, held_out_indices
+from dataset.toy import Judge, fit_judge
 from models import PRESETS, SVAE, SphereAR, SphereARConfig, SVAEConfig
 from models.checkpoint import checkpoint_state, config_from_dict, config_to_dict, from_checkpoint, load_state, own_names
 from models.discriminator import Adversary, PatchDiscriminator
@@ -35,7 +36,7 @@ from models.posteriors import POSTERIORS, Draws
 from models.svae import PROJECTIONS
 from utils import checkpoint_file, distributed, script
 from utils.evaluation.online import Comparison, compare_reconstructions, compare_samples
-from utils.images import to_float
+from utils.images import to_float, to_uint8
 from utils.provenance import provenance, versions
 from utils.sampling.draws import image_noise, make_labels
 from utils.training import evaluation, report_page
@@ -225,8 +226,11 @@ class ARStage(Stage):
 
     model: SphereAR
 
-    def __init__(self, args: argparse.Namespace, config: SphereARConfig, vae: SVAE, device: torch.device):
+    def __init__(
+        self, args: argparse.Namespace, config: SphereARConfig, vae: SVAE, judge: Judge | None, device: torch.device
+    ):
         super().__init__(args, device)
+        self.judge = judge
         model = self.model = SphereAR(config)
         model.vae.load_state_dict(vae.state_dict())
         model.vae.requires_grad_(False).eval()
@@ -288,12 +292,23 @@ class ARStage(Stage):
             return torch.cat(list(decode(model, generate_tokens(model, labels, settings, noise)))).float()
 
     def quality(self, model: SphereAR, comparison: Comparison) -> dict[str, float]:
-        """FID and MIND of the samples that sample_ddp.py makes with --labels balanced of this model's checkpoint."""
+        """FID, MIND, class agreement of what sample_ddp.py makes of this model with --labels balanced."""
         seed, count, num_classes = self.args.global_seed, self.args.eval_samples, model.config.num_classes
         labels = torch.from_numpy(make_labels("balanced", count, num_classes, seed)).to(self.device)
         settings = dataclasses.replace(PREVIEW_SETTINGS, cfg_scale=self.args.eval_cfg_scale)
         comparison.receipt["samples"] = {"images": count, "seed": seed, **dataclasses.asdict(settings)}
-        return comparison.generated(lambda images: self.samples(model, images, labels[images], settings), count)
+        agreeing = torch.zeros(1, dtype=torch.float64, device=self.device)
+
+        def make(images: Tensor) -> Tensor:
+            made = self.samples(model, images, labels[images], settings)
+            if self.judge is not None:
+                agreeing.add_(len(made) * self.judge.agreement(to_uint8(made), labels[images].cpu().numpy()))
+            return made
+
+        found = comparison.generated(make, count)
+        if self.judge is not None:
+            found["class_agreement"] = distributed.reduce_sum(agreeing).item() / count
+        return found
 
 
 # ---- what a checkpoint holds -----------------------------------------------------------------------------------------
@@ -380,7 +395,9 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[Stage, ImageD
         comparison = compare_reconstructions(args.eval_reference, left_out, args.eval_samples, data.image_size, device)
     elif args.eval_reference is not None:
         comparison = compare_samples(args.eval_reference, device, cache_features=bool(args.cache_features))
-    stage = SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, device)
+    with distributed.all_or_none():
+        judge = None if args.eval_judge is None else fit_judge(args.eval_judge, data.image_size)
+    stage = SVAEStage(args, config, device) if vae is None else ARStage(args, config, vae, judge, device)
     return stage, data, left_out, comparison
 
 

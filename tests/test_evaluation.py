@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sample_ddp
+from dataset.toy import class_agreement
 from models import SamplingSettings
 from tests.helpers import small_run
 from tests.helpers.evaluation import Instant, evaluation, random_images, run, use_instant
@@ -82,8 +83,10 @@ def test_a_resumed_run_has_every_evaluation_once(command, instant, tmp_path):
 
 def test_samples_are_those_of_the_scripts(files, instant, tmp_path):
     """sample_ddp.py and evaluator.py find the same numbers for the checkpoint of the same step."""
-    command = flags(files[0], tmp_path / "run", "--max-steps", 2, "--eval-every", 2, "--eval-reference", files[2],
-                    "--eval-samples", SAMPLES, "--eval-cfg-scale", 2, svae=files[1])  # fmt: skip
+    command = flags(
+        files[0], tmp_path / "run", "--max-steps", 2, "--eval-every", 2, "--eval-reference", files[2],
+        "--eval-samples", SAMPLES, "--eval-cfg-scale", 2, "--eval-judge", files[0], svae=files[1],
+    )  # fmt: skip
     run_here(*command)
     sampling = "--ckpt", tmp_path / "run/checkpoints/last.pt", "--sample-dir", tmp_path / "samples", "--cfg-scale", 2
     sampling += "--num-fid-samples", SAMPLES, "--labels", "balanced", "--num-sampling-steps", 3, "--no-compile"
@@ -94,6 +97,7 @@ def test_samples_are_those_of_the_scripts(files, instant, tmp_path):
     assert found["FID"] == pytest.approx(expected["FID"], rel=1e-9)
     assert found["MIND"] == pytest.approx(expected["MIND"], rel=1e-6)
     assert found["receipt"]["samples"]["cfg_scale"] == 2.0
+    assert found["class_agreement"] == pytest.approx(class_agreement(files[0], tmp_path / "samples/samples.npz"))
 
 
 # train.py with a network in no time, for processes of their own

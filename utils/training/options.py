@@ -28,10 +28,13 @@ DEPENDENT: dict[str, tuple[Callable[[argparse.Namespace], bool], str]] = {
         "with --eval-every and --eval-reference",
     ),
     "eval_cfg_scale": (lambda args: args.eval_reference is not None, "with --eval-every and --eval-reference"),
-    "cache_features": (
-        lambda args: args.eval_reference is not None and not args.vae_only,
-        "in AR training with --eval-every and --eval-reference",
-    ),
+    **{
+        name: (
+            lambda args: args.eval_reference is not None and not args.vae_only,
+            "in AR training with --eval-every and --eval-reference",
+        )
+        for name in ("cache_features", "eval_judge")
+    },
 }
 MIN_LR = 1e-5
 EVAL_SAMPLES = 5000  # MIND's authors find as many as telling as FID of 50,000
@@ -50,8 +53,8 @@ MEASURED = {"latent_shift", "latent_scale", "svae.latent_shift", "svae.latent_sc
 FREE = TOLD | ARCHITECTURE | {
     "data_path", "results_dir", "trained_vae", "vgg_weights", "epochs", "max_steps", "grad_accum_steps", "num_workers",
     "log_every", "save_every", "keep_freq", "sample_every", "eval_every", "eval_samples", "eval_reference",
-    "eval_cfg_scale", "cache_features", "compile", "grad_checkpointing", "max_skipped_steps", "max_bad_share",
-    "world_size",
+    "eval_cfg_scale", "eval_judge", "cache_features", "compile", "grad_checkpointing", "max_skipped_steps",
+    "max_bad_share", "world_size",
 }  # fmt: skip
 
 OR_NONE = number(int, lambda value: value >= -1, "be at least 0, or -1 for none")
@@ -166,6 +169,8 @@ def parse_args(
         "S-VAE: images to reconstruct [those held out]")  # fmt: skip
     add("--eval-samples", type=within(2, 10**6), help=f"images to sample or reconstruct [{EVAL_SAMPLES}]")
     add("--eval-cfg-scale", type=at_least(1.0), help="AR: guidance of these samples [3.0]")
+    add("--eval-judge", metavar="DATA", help="AR: tar or folder of small labelled images, such as digits; how many "
+        "samples a classifier of them sees as their class")  # fmt: skip
     add("--cache-features", action="store_true", default=None, help="AR: keep the reference's features beside it, for "
         "the next start and for evaluator.py --cache-features")  # fmt: skip
     add("--held-out", type=within(0, 10**7), default=0, metavar="N",
