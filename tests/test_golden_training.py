@@ -143,7 +143,8 @@ def vgg16_state(*_, **__):
 
 def write_start(path, players, config):
     """A checkpoint of no step with the recording's weights: train.py continues from it."""
-    state = {"step": 0, "epochs": 0, "step_in_epoch": 0, "args": argparse.Namespace(), "versions": {},
+    args = argparse.Namespace(model="toy", vae_only=config is TOY.svae, global_batch_size=BATCH, global_seed=0)
+    state = {"step": 0, "epochs": 0, "step_in_epoch": 0, "args": args, "versions": {},
              "config": config_to_dict(config), "rng": torch.get_rng_state()}  # fmt: skip
     for prefix, module in players.items():
         for name, weight in released(module).items():
