@@ -198,7 +198,7 @@ def test_too_many_bad_steps_stop_with_a_checkpoint_from_before(ar, tmp_path, mon
         (["--latent-dim", 16], r"--latent-dim 16: the S-VAE .* was trained with 8"),
         (["--image-size", 64], r"--image-size 64: the S-VAE .* was trained with 32"),
         (["--mixed-precision", "fp16"], "--mixed-precision fp16"),
-        (["--ema", 1.0], r"--ema: 1.0 must lie in \[0.0, 1.0\)"),
+        (["--ema", 1.0], r"--ema: 1.0 must lie in \[0, 1\), or be -1 for none"),
         (["--num-classes", 5], "--num-classes"),
         (["--decay-start", 1, "--warmup-steps", 2], "--decay-start 1: must not be before"),
         (["--data-path", "nowhere.tar"], "--data-path"),
@@ -208,7 +208,7 @@ def test_too_many_bad_steps_stop_with_a_checkpoint_from_before(ar, tmp_path, mon
         (["--class-dropout", 2], "--class-dropout: 2"),
         (["--patch-size", 3], "--patch-size: .*3"),
         (["--cls-token-num", 0], "--cls-token-num: 0"),
-        (["--global-seed", -1], "--global-seed: -1"),
+        (["--global-seed", -1], "--global-seed/--seed: -1"),
         (["--results-dir", "/proc/nowhere"], "--results-dir /proc/nowhere: cannot be written"),
     ],
 )
