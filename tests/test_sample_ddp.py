@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 import models
-import sample_ddp
 from models import PRESETS, SamplingSettings, SphereAR, checkpoint_state, config_to_dict
 from sample_ddp import decode, encode, generate, load, main
 from tests.helpers.nano import stirred_nano
@@ -243,13 +242,13 @@ def test_real_images_that_change_meanwhile_are_refused(sample, tmp_path, monkeyp
     for i, image in enumerate(real_images()):
         Image.fromarray(image).save(tmp_path / "png" / f"{i}.png")
 
-    def touch_after(*arguments, read=sample_ddp.first_tokens):
+    def touch_after(*arguments, read=encode):
         tokens = read(*arguments)
         os.utime(tmp_path / "real.npz", ns=(1, 1))  # as if it were written to
         os.utime(tmp_path / "png" / "2.png", ns=(1, 1))
         return tokens
 
-    monkeypatch.setattr(sample_ddp, "first_tokens", touch_after)
+    monkeypatch.setattr("sample_ddp.encode", touch_after)
     flags = "--init-images", tmp_path / name, "--keep-tokens", 6, "--per-proc-batch-size", 2
     assert sample("run", *flags)[0] == 2
     error = capsys.readouterr().err.splitlines()[-1]
