@@ -86,7 +86,7 @@ class Tracker:
                 folder.mkdir(parents=True, exist_ok=True)
                 if (folder / "log.txt").is_fifo():  # it would be waited for, for ever
                     raise ValueError(f"{folder / 'log.txt'}: is a pipe; move it away")
-                self.metrics = MetricsFile(folder / NAME, step)
+                self.metrics = MetricsFile(folder / NAME, step, report)
                 self.file = open(folder / "log.txt", "ab", buffering=0)  # noqa: SIM115
         self.excepthook = threading.excepthook
         threading.excepthook = without_tensorboards(self.excepthook)
