@@ -139,7 +139,9 @@ def generate(
     torch.autocast around it. ValueError for a label that the model does not have.
     """
     labels = torch.as_tensor(labels, device=device_of(model))
-    if len(labels) and not 0 <= labels.min() <= labels.max() <= model.config.null_class:
+    if labels.dim() != 1 or not len(labels) or labels.is_floating_point():
+        raise ValueError(f"labels must be whole numbers (B,), at least one, not {labels.dtype} {tuple(labels.shape)}")
+    if not 0 <= labels.min() <= labels.max() <= model.config.null_class:
         raise ValueError(f"labels must lie in 0 to {model.config.null_class} (no class), not {labels.tolist()}")
     images = torch.arange(len(labels), device=labels.device)
     return decode(model, token_sampler(model, settings, seed)(images, labels, prompt))

@@ -163,6 +163,9 @@ def test_five_lines_of_python_give_the_commands_images(sample, ckpt):
     for wrong in (-1, 11):
         with pytest.raises(ValueError, match="labels must lie in 0 to 10"):
             generate(model, [wrong], FEW)
+    for wrong in ([], [0.5], [[1]]):
+        with pytest.raises(ValueError, match="labels must be whole numbers"):
+            generate(model, wrong, FEW)
 
 
 def test_images_become_tokens_and_back(ckpt):

@@ -31,7 +31,7 @@ def local(path: str | Path) -> str | Path:
         return hf_hub_download(repo, file, revision=revision)
     except errors.LocalEntryNotFoundError:
         reason = f"not in the cache ({constants.HF_HUB_CACHE}), and the hub is out of reach"
-        remedy = "go online without HF_HUB_OFFLINE, or give a file"
+        remedy = "go online (and unset HF_HUB_OFFLINE where it is set), or give a file"
         raise ValueError(f"{path}: {reason}; {remedy}") from None
     except Exception as error:  # the hub's, the network library's, the disk's
         reason = " ".join(str(error).split())[:200] or type(error).__name__
