@@ -59,10 +59,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tf32", action="store_true", help="TF32 convolutions, as TensorFlow on Ampere and later")
     parser.add_argument("--cache-features", action="store_true", help="keep features beside each file for the next run")
     parser.add_argument(
-        "--floor", metavar="FILE", nargs="?", const="", help="FID, sFID, MIND of real images too: of FILE, or of halves"
-    )
+        "--floor", metavar="FILE", nargs="?", const=True, default=False, type=file_name,
+        help="FID, sFID, MIND of real images too: of FILE, or of halves",
+    )  # fmt: skip
     parser.add_argument(
-        "--intervals", metavar="N", nargs="?", const=RESAMPLES, type=script.at_least(2),
+        "--intervals", metavar="N", nargs="?", const=RESAMPLES, default=0, type=script.at_least(2),
         help="95%% intervals of FID, precision, recall, MIND, from N random halves of the samples (100)",
     )  # fmt: skip
     parser.add_argument("--save-statistics", metavar="FILE", type=Path, help="keep those of the reference, as .npz")
@@ -70,6 +71,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.tf32 and (args.backend == "tensorflow" or not torch.cuda.is_available()):
         raise ValueError("--tf32 needs --backend torch and a CUDA GPU; leave it out")
     return args
+
+
+def file_name(word: str) -> str:
+    """A flag's `type`: not the nothing that an unset variable of the shell leaves, which would be the folder here."""
+    if not word:
+        raise argparse.ArgumentTypeError("has an empty name; name a file, or leave the name out")
+    return word
 
 
 def evaluate(
@@ -86,23 +94,41 @@ def evaluate(
     batches (n, H, W, 3), numpy or torch. On several processes all call this, and each hands out its share of batches.
     floor: True or a second real file; the floor is then under "floor". intervals: from how many halves, 100 give the
     width to 7%; then under "intervals". settings: inception, backend, batch_size, pr_dtype, tf32, cache_features, as
-    the flags of these names. No result is written. Raises ValueError for what cannot be evaluated.
+    the flags of these names. No result is written. Raises ValueError for what cannot be evaluated, and for settings
+    that the command line refuses.
     """
-    settings = Settings(**settings)
-    device = distributed.init(cpu=settings.backend == "tensorflow")
-    real = None if floor in (False, True) else floor
-    result, _ = measure(open_inputs(reference, images, real), settings, device, bool(floor), intervals)
+    args = parse_args(["-", "-", *as_flags({**Settings(**settings)._asdict(), "floor": floor, "intervals": intervals})])
+    settings, device, real = prepare(args)
+    result, _ = measure(open_inputs(reference, images, real), settings, device, bool(args.floor), args.intervals)
     return {**result["metrics"], **{name: result[name] for name in ("floor", "intervals") if name in result}}
+
+
+def as_flags(settings: dict[str, object]) -> list[str]:
+    """Settings as words of the command line, whose checks are then theirs; defaults are left out."""
+    words, defaults = [], {**Settings._field_defaults, "floor": False, "intervals": 0}
+    for name, value in settings.items():
+        flag, is_number = f"--{name.replace('_', '-')}", name in ("batch_size", "intervals")
+        if value is True and not is_number:
+            words.append(flag)
+        elif value != defaults[name] and (name, value) != ("floor", None):
+            words.append(f"{flag}={value!r}" if is_number and isinstance(value, str) else f"{flag}={value}")
+    return words
+
+
+def prepare(args: argparse.Namespace) -> tuple[Settings, torch.device, str | None]:
+    """The settings of the features, where they are computed, and the second real file."""
+    settings = Settings(*(getattr(args, name) for name in Settings._fields))
+    device = distributed.init(cpu=args.backend == "tensorflow")
+    return settings, device, None if args.floor in (False, True) else args.floor
 
 
 def from_command_line(args: argparse.Namespace) -> int:
     """The whole evaluation, from two files to the report."""
-    settings = Settings(*(getattr(args, name) for name in Settings._fields))
-    device = distributed.init(cpu=args.backend == "tensorflow")
-    inputs = open_inputs(args.ref_batch, args.sample_batch, args.floor or None)
+    settings, device, real = prepare(args)
+    inputs = open_inputs(args.ref_batch, args.sample_batch, real)
     paths, caches = [file.path for file in inputs if file], args.cache_features
     distributed.from_main(lambda: results.check_outputs(*paths, caches=caches, statistics=args.save_statistics))
-    result, reference = measure(inputs, settings, device, args.floor is not None, args.intervals or 0)
+    result, reference = measure(inputs, settings, device, bool(args.floor), args.intervals)
     distributed.print0(results.lines(result), end="")
     distributed.from_main(lambda: results.write(result, inputs.samples.path))
     if args.save_statistics:

@@ -28,6 +28,7 @@ def test_no_batch_at_all_is_a_share_too():
         (np.zeros((2, 8, 8, 3), np.float32), r"images: a batch is float32 \(2, 8, 8, 3\), but batches are uint8"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"a batch is torch.uint8 \(2, 3, 8, 8\)"),
         (np.zeros((8, 8, 3), np.uint8), r"a batch is uint8 \(8, 8, 3\)"),  # an array of images is no batch of them
+        (np.zeros((16, 0, 0, 3), np.uint8), r"a batch is uint8 \(16, 0, 0, 3\), .* H and W at least 1"),
         ([[0]], "a batch is list"),
         (np.zeros((2, 9, 8, 3), np.uint8), "a batch has images of 9 x 8, others are 8 x 8"),
     ],

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluator import evaluate
+from evaluator import as_flags, evaluate, parse_args
 from tests.helpers.evaluation import (
     Instant,
     brute_force,
@@ -30,6 +30,7 @@ from tests.helpers.evaluation import (
 from tests.helpers.graph_def import inception_graph
 from utils.evaluation import features as evaluation_features
 from utils.evaluation import frechet
+from utils.evaluation.extraction import Settings
 from utils.evaluation.inception_weights import installed_file
 from utils.evaluation.mind import mind
 from utils.evaluation.npz_reader import NpzReader
@@ -280,6 +281,7 @@ def test_a_floor_needs_real_images_and_intervals_need_eight_samples(files, tmp_p
             "--floor .*one.npz: has 1 images; a floor needs 2",
         ),
         ((files / "reference.npz", "--floor", tmp_path / "gone.npz"), "gone.npz: there is no such file"),
+        ((files / "reference.npz", "--floor", ""), "--floor: has an empty name; name a file, or leave the name out"),
     ):
         assert run(arguments[0], tmp_path / "few.npz", *arguments[1:]) == 2
         assert re.search(message, capfd.readouterr().err.splitlines()[-1])
@@ -311,6 +313,41 @@ def test_in_python_any_iterable_gets_the_numbers_of_its_file(files, instant, cap
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(files / "reference.npz", wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pr_dtype": "float64"}, "--pr-dtype: invalid choice: 'float64'"),
+        ({"pr_dtype": None}, "--pr-dtype: invalid choice: 'None'"),
+        ({"backend": "jax"}, "--backend: invalid choice: 'jax'"),
+        ({"cache_features": "yes"}, "--cache-features: ignored explicit argument 'yes'"),
+        ({"tf32": True}, "--tf32 needs --backend torch and a CUDA GPU"),
+        ({"batch_size": 0}, "--batch-size: 0 must be at least 1"),
+        ({"batch_size": -3}, "--batch-size: -3 must be at least 1"),
+        ({"batch_size": 2.5}, "--batch-size: 2.5 is no whole number"),
+        ({"batch_size": "2"}, "--batch-size: '2' is no whole number"),
+        ({"floor": ""}, "--floor: has an empty name"),
+        ({"intervals": 1}, "--intervals: 1 must be at least 2"),
+        ({"intervals": -5}, "--intervals: -5 must be at least 2"),
+        ({"intervals": 2.5}, "--intervals: 2.5 is no whole number"),
+        ({"intervals": True}, "--intervals: True is no whole number"),
+        ({"intervals": "3"}, "--intervals: '3' is no whole number"),
+    ],
+)
+def test_in_python_settings_are_held_to_the_rules_of_their_flags(files, instant, monkeypatch, settings, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        evaluate(files / "reference.npz", str(files / "samples.npz"), **settings)
+    assert "\n" not in str(error.value) and instant.images == 0
+
+
+def test_settings_become_the_flags_of_their_names():
+    given = dict(batch_size=np.int64(3), pr_dtype="float32", cache_features=True, inception=Path("@a b"), floor=True)
+    args = parse_args(["-", "-", *as_flags({**given, "intervals": 5})])
+    assert {name: getattr(args, name) for name in given} == {**given, "inception": "@a b"} and args.intervals == 5
+    assert as_flags({**Settings()._asdict(), "floor": False, "intervals": 0}) == as_flags({"floor": None}) == []
+    assert parse_args(["-", "-", *as_flags({"floor": Path("real.npz")})]).floor == "real.npz"
 
 
 @pytest.mark.parametrize("flags", [(), ("--cache-features",)])

@@ -97,3 +97,23 @@ def test_more_images_than_memory_holds_features_of_are_refused(tmp_path, monkeyp
     np.savez(tmp_path / "many.npz", good())
     with pytest.raises(ValueError, match="arr_0 has 5 images; 4 at most"):
         NpzReader(tmp_path / "many.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_that_changes_in_use_is_refused(save, replace, tmp_path):
+    """Overwritten in place, or another put there under its name, of its size."""
+    path = tmp_path / "images.npz"
+    save(path, good())
+    reader = NpzReader(path)
+    reader.read(0, 2), reader.sha256()
+    save(tmp_path / "other.npz", good()[::-1])
+    if replace:
+        os.replace(tmp_path / "other.npz", path)
+    else:
+        path.write_bytes((tmp_path / "other.npz").read_bytes())
+        os.utime(path, ns=(1, 1))  # two writes may share a tick of the clock
+    for use in (lambda: reader.read(2, 4), lambda: reader.read(0, 2), reader.sha256):
+        with pytest.raises(ValueError, match=r"images\.npz: is no longer the file that was opened") as error:
+            use()
+        assert "\n" not in str(error.value)

@@ -1,5 +1,7 @@
 """Comparison with a reference while training: what it takes, what it gives, and what it leaves behind."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -120,3 +122,13 @@ def test_settings_of_torch_are_put_back(network, reference, made, monkeypatch):
         assert torch.is_autocast_enabled("cpu")
     assert seen == [(False, False)] * 2
     assert torch.backends.cuda.matmul.allow_tf32 and torch.get_num_threads() == threads and torch.is_grad_enabled()
+
+
+def test_originals_that_change_between_two_comparisons_are_refused(network, reference):
+    """Old features and new pixels would be compared."""
+    comparison = online.compare_reconstructions(str(reference), None, 100, 32, CPU)
+    comparison.reconstructed(lambda images: images)
+    np.savez(reference, random_images(16, 32, seed=3).numpy())
+    os.utime(reference, ns=(1, 1))  # two writes may share a tick of the clock
+    with pytest.raises(ValueError, match=r"reference\.npz: is no longer the file that was opened"):
+        comparison.reconstructed(lambda images: images)

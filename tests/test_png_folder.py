@@ -84,3 +84,18 @@ def test_the_checksum_finds_a_damaged_png_without_decoding_any(folder, damage):
     (folder / "7.png").write_bytes(damage((folder / "7.png").read_bytes()))
     with pytest.raises(ValueError, match=r"7\.png: (a damaged|no) PNG"):
         images.sha256()
+
+
+def test_a_png_that_changes_in_use_is_refused(folder):
+    """Two that change their names keep sizes and dates; neither reading nor the checksum goes on with them."""
+    for name in ("3.png", "4.png"):
+        os.utime(folder / name, ns=(1, 1))
+    images = PngFolder(folder)
+    images.read(0, 12), images.sha256()
+    (folder / "3.png").rename(folder / "x")
+    (folder / "4.png").rename(folder / "3.png")
+    (folder / "x").rename(folder / "4.png")
+    assert np.array_equal(images.read(5, 12), IMAGES[5:])
+    for use in (lambda: images.read(0, 12), images.sha256):
+        with pytest.raises(ValueError, match=r"3\.png: is no longer the file that was opened"):
+            use()

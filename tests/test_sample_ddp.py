@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import models
+import sample_ddp
 from models import PRESETS, SamplingSettings, SphereAR, checkpoint_state, config_to_dict
 from sample_ddp import decode, encode, generate, load, main
 from tests.helpers.nano import stirred_nano
@@ -231,6 +233,27 @@ def test_a_folder_of_pngs_has_no_labels_and_gets_those_asked_for(sample, tmp_pat
         for name in ("png", "real.npz")
     ]
     assert (results[0][0] == results[1][0]).all() and results[0][1].tolist() == results[1][1].tolist() == [1, 8, 3]
+
+
+@pytest.mark.parametrize("name", ["real.npz", "png"])
+def test_real_images_that_change_meanwhile_are_refused(sample, tmp_path, monkeypatch, capsys, name):
+    """The checksum in run.json would be of others than those that were continued."""
+    np.savez(tmp_path / "real.npz", arr_0=real_images())
+    (tmp_path / "png").mkdir()
+    for i, image in enumerate(real_images()):
+        Image.fromarray(image).save(tmp_path / "png" / f"{i}.png")
+
+    def touch_after(*arguments, read=sample_ddp.first_tokens):
+        tokens = read(*arguments)
+        os.utime(tmp_path / "real.npz", ns=(1, 1))  # as if it were written to
+        os.utime(tmp_path / "png" / "2.png", ns=(1, 1))
+        return tokens
+
+    monkeypatch.setattr(sample_ddp, "first_tokens", touch_after)
+    flags = "--init-images", tmp_path / name, "--keep-tokens", 6, "--per-proc-batch-size", 2
+    assert sample("run", *flags)[0] == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"(real\.npz|2\.png): is no longer the file that was opened", error)
 
 
 def test_images_that_come_with_labels_keep_them(ckpt, tmp_path):

@@ -36,9 +36,10 @@ class Batches:
 
     def _check(self, batch: np.ndarray | Tensor) -> None:
         shape = tuple(getattr(batch, "shape", ()))
-        if getattr(batch, "dtype", None) not in (np.uint8, torch.uint8) or len(shape) != 4 or shape[3] != 3:
+        is_uint8 = getattr(batch, "dtype", None) in (np.uint8, torch.uint8)
+        if not is_uint8 or shape[3:] != (3,) or 0 in shape[1:]:
             given = f"{batch.dtype} {shape}" if hasattr(batch, "dtype") else type(batch).__name__
-            raise ValueError(f"{self.path}: a batch is {given}, but batches are uint8 (n, H, W, 3)")
+            raise ValueError(f"{self.path}: a batch is {given}, but batches are uint8 (n, H, W, 3), H and W at least 1")
         if self.height and shape[1:3] != (self.height, self.width):
             raise ValueError(
                 f"{self.path}: a batch has images of {shape[1]} x {shape[2]}, others are {self.height} x {self.width}"

@@ -24,6 +24,7 @@ NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *\}\s*")
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 CHUNK = 1 << 22
+CHANGED = "is no longer the file that was opened: leave it as it is until the run ends, and start again"
 MAX_IMAGES = 1_000_000  # of one file: their features take 4 GB
 # What zipfile and zlib raise on damaged files, besides ValueError and BadZipFile.
 DAMAGE = (
@@ -42,7 +43,8 @@ class NpzReader:
     """An .npz of images and / or statistics.
 
     `count`, `height`, `width` describe arr_0 (count 0: there is none), `labels` is arr_1 or None, `statistics` maps
-    those of mu, sigma, mu_s, sigma_s that the file has to float64 arrays.
+    those of mu, sigma, mu_s, sigma_s that the file has to float64 arrays. What is read and what has the checksum is the
+    file that was opened: once it has changed, both are refused.
     """
 
     def __init__(self, path: str | Path):
@@ -54,6 +56,7 @@ class NpzReader:
         self._position = 0  # image index at which _stream stands
         if self.path.exists() and not self.path.is_file():  # a pipe would be waited for, for ever
             raise ValueError(f"{self.path}: is no file")
+        self._identity = identity(self.path)
         with self._faults(), zipfile.ZipFile(self.path) as archive:
             names = set(archive.namelist())
             if "arr_0.npy" in names:
@@ -168,7 +171,7 @@ class NpzReader:
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
-        """Every fault as a ValueError that names the file."""
+        """Every fault as a ValueError that names the file; that it is another one by now comes first."""
         try:
             yield
         except FileNotFoundError:
@@ -182,6 +185,18 @@ class NpzReader:
         except DAMAGE as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{self.path}: cannot be read; damaged? ({reason})") from None
+        finally:
+            if identity(self.path) != self._identity:
+                raise ValueError(f"{self.path}: {CHANGED}") from None
+
+
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """Numbers that change when a file is replaced or written to: inode, size, date in ns. None: it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_header(member: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...], int]:

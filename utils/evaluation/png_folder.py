@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils.evaluation.npz_reader import CHANGED, identity
 from utils.files import BLOCK_BYTES
 
 LOSSY = ".jpg", ".jpeg", ".webp"
@@ -17,7 +18,8 @@ LOSSY = ".jpg", ".jpeg", ".webp"
 class PngFolder:
     """The PNGs of a folder in the order of their names, shorter ones first: 9.png comes before 10.png.
 
-    All are 8-bit RGB of one size. Has what an NpzReader has: `count`, `height`, `width`; no labels, no statistics.
+    All are 8-bit RGB of one size. Has what an NpzReader has: `count`, `height`, `width`; no labels, no statistics. As
+    there, a file that has changed since is refused.
     """
 
     def __init__(self, path: str | Path):
@@ -34,6 +36,7 @@ class PngFolder:
         if not self.files:
             raise ValueError(f"{self.path}: is a folder without PNG files")
         self.count = len(self.files)
+        self._identities = {file: identity(file) for file in self.files}
         self.height = self.width = 0
         with self._open(self.files[0]) as image:
             self.width, self.height = image.size
@@ -61,6 +64,7 @@ class PngFolder:
         for target, file in zip(images, self.files[start:stop]):
             with self._open(file) as image, self._damage(file):
                 target[:] = np.asarray(image)
+            self._require_unchanged(file)
         return images
 
     @contextmanager
@@ -70,6 +74,10 @@ class PngFolder:
             yield
         except Exception as error:  # Pillow raises a dozen kinds
             raise ValueError(f"{file}: a damaged PNG ({type(error).__name__})") from None
+
+    def _require_unchanged(self, file: Path) -> None:
+        if identity(file) != self._identities[file]:
+            raise ValueError(f"{file}: {CHANGED}")
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -97,4 +105,5 @@ class PngFolder:
             with open(file, "rb") as content:
                 while block := content.read(BLOCK_BYTES):
                     digest.update(block)
+            self._require_unchanged(file)
         return digest.hexdigest()
