@@ -94,6 +94,7 @@ def test_files_of_other_programs_are_left_alone(tmp_path, content):
 
 def test_what_another_run_measured_is_kept_aside(path):
     """A run from the start on, in a folder whose checkpoints are gone: nothing is lost, however often."""
+    path.write_text('{"kind": "run", "step": 0}\n' + path.read_text())
     for n in (1, 2):
         said, before = [], path.read_bytes()
         file = MetricsFile(path, 0, said.append)

@@ -47,21 +47,21 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int, report: Callable[[str], None] = print):
         self.name = str(path)
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise ValueError(f"{path}: is no file; move it away")
+        known = read_metrics(path) if path.exists() else []
+        if step == 0 and any(record["step"] > 0 for record in known):
+            aside = next(name for n in count(1) if not os.path.lexists(name := path.with_suffix(f".{n}.jsonl")))
+            path.rename(aside)
+            report(f"{path} had steps of an earlier run, which has no checkpoint here; it is now {aside}")
+            known = []
+        records = [record for record in known if record["step"] <= step]
         if path.exists():
-            if not path.is_file():  # a pipe would wait for ever
-                raise ValueError(f"{path}: is no file; move it away")
-            known, lines = read_metrics(path), path.read_bytes().split(b"\n")
-            records = [record for record in known if record["step"] <= step]
-            content = b"".join(line + b"\n" for line, record in zip(lines, known) if record["step"] <= step)
-            if step == 0 and len(records) < len(known):
-                aside = next(name for n in count(1) if not os.path.lexists(name := path.with_suffix(f".{n}.jsonl")))
-                path.rename(aside)
-                report(f"{path} had steps of an earlier run, which has no checkpoint here; it is now {aside}")
-            if not path.exists() or content != path.read_bytes():
+            content = path.read_bytes()
+            kept = b"".join(line + b"\n" for line, record in zip(content.split(b"\n"), known) if record["step"] <= step)
+            if kept != content:
                 with atomic_file(path) as file:
-                    file.write(content)
-        else:
-            records = []
+                    file.write(kept)
         self.evaluated = {record["step"] for record in records if record["kind"] == "evaluation"}
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
         sync(path.parent)
