@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluator import as_flags, evaluate, parse_args
+from evaluator import evaluate
 from tests.helpers.evaluation import (
     Instant,
     brute_force,
@@ -30,7 +30,6 @@ from tests.helpers.evaluation import (
 from tests.helpers.graph_def import inception_graph
 from utils.evaluation import features as evaluation_features
 from utils.evaluation import frechet
-from utils.evaluation.extraction import Settings
 from utils.evaluation.inception_weights import installed_file
 from utils.evaluation.mind import mind
 from utils.evaluation.npz_reader import NpzReader
@@ -342,12 +341,15 @@ def test_in_python_settings_are_held_to_the_rules_of_their_flags(files, instant,
     assert "\n" not in str(error.value) and instant.images == 0
 
 
-def test_settings_become_the_flags_of_their_names():
-    given = dict(batch_size=np.int64(3), pr_dtype="float32", cache_features=True, inception=Path("@a b"), floor=True)
-    args = parse_args(["-", "-", *as_flags({**given, "intervals": 5})])
-    assert {name: getattr(args, name) for name in given} == {**given, "inception": "@a b"} and args.intervals == 5
-    assert as_flags({**Settings()._asdict(), "floor": False, "intervals": 0}) == as_flags({"floor": None}) == []
-    assert parse_args(["-", "-", *as_flags({"floor": Path("real.npz")})]).floor == "real.npz"
+def test_in_python_settings_do_what_their_flags_do(files, tmp_path, monkeypatch, instant):
+    monkeypatch.chdir(tmp_path)
+    real = Path("@real a.npz")  # on a command line, @ names a file of flags
+    real.write_bytes((files / "reference.npz").read_bytes())
+    found = evaluate(
+        files / "reference.npz", str(files / "samples.npz"), floor=real, batch_size=np.int64(3), cache_features=False
+    )
+    assert found["floor"]["real"]["path"] == str(real) and max(instant.batches) == 3
+    assert "floor" not in evaluate(files / "reference.npz", str(files / "samples.npz"), floor=None)
 
 
 @pytest.mark.parametrize("flags", [(), ("--cache-features",)])
