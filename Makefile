@@ -48,7 +48,7 @@ quickstart: $(RUN)
 	$(PY) train.py @recipes/nano-svae.txt --data-path $(DATA) --results-dir $(Q)/svae
 	@echo "== 3/5 SphereAR-Nano"
 	$(PY) train.py @recipes/nano.txt --data-path $(DATA) --results-dir $(Q)/ar --trained-vae $(Q)/svae/checkpoints/last.pt \
-		--eval-every 350 --eval-samples 100 --eval-reference $(Q)/data/reference.npz --eval-judge $(DATA) --cache-features
+		--eval-every 500 --eval-samples 100 --eval-reference $(Q)/data/reference.npz --eval-judge $(DATA) --cache-features
 	@echo "== 4/5 $(NUM_SAMPLES) samples"
 	$(PY) sample_ddp.py --model SphereAR-Nano --ckpt $(Q)/ar/checkpoints/last.pt --sample-dir $(Q)/samples \
 		--num-fid-samples $(NUM_SAMPLES) --labels balanced --num-sampling-steps 25 --cfg-scale 3 \

@@ -10,6 +10,7 @@ decoders of better rFID have given a worse gFID.
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -65,7 +66,11 @@ def open_data(path: str, image_size: int, count: int) -> list[Callable[[], np.nd
         if {images.height, images.width} != {image_size}:
             raise ValueError(f"{path}: images are {images.height} x {images.width}, the S-VAE's {image_size} wide")
     else:
-        data = ImageDataset(open_source(path), image_size, seed=0)
+        try:
+            source = open_source(path)
+        except ValueError as error:  # it is --data-path for others
+            raise ValueError(str(error).replace("--data-path ", "DATA ", 1)) from None
+        data = ImageDataset(source, image_size, seed=0)
         total, read = len(data), lambda i: data[i].image.permute(1, 2, 0).numpy()
     if total < 2:
         raise ValueError(f"{path}: has {total} images; rFID needs at least 2")
@@ -132,6 +137,10 @@ def open_lpips(file: str | None) -> LPIPS | None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    if os.path.lexists(args.out):
+        raise ValueError(f"--out {args.out}: is there already; remove it, or choose another name")
     device = distributed.init()
     if distributed.world_size() > 1:
         raise ValueError("examples.reconstruction runs on one process; leave torchrun out")
@@ -159,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         "inception": weights,
         **provenance(device),
     }
-    write_json(args.out, record)
+    write_json(args.out, record, new=True)
     return script.DONE
 
 

@@ -9,6 +9,7 @@ Several EMA decays would be more names of --weights: a checkpoint holds one.
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -186,12 +187,30 @@ def inception(device: torch.device, images: Images) -> Extraction:
 
 
 def open_record(path: Path, identity: dict) -> dict:
-    """The record at `path`, or a new one. ValueError where another model, reference or plan made it."""
+    """The record at `path`, or a new one. ValueError where another model, reference or plan made it, or no sweep."""
     record = read_json(path, "remove it") if path.exists() else {**identity, "points": []}
     if differing := [name for name in identity if record.get(name) != identity[name]]:
         change = "; ".join(f"{name}: {record.get(name)} there, {identity[name]} now" for name in differing)
         raise ValueError(f"--out {path.parent} holds another sweep ({change}); choose another folder")
+    points, measured = record.get("points"), record.get("floor", {})
+    if not (isinstance(points, list) and all(map(is_point, points)) and isinstance(measured, dict)):
+        raise ValueError(f"{path} is damaged, not as a sweep writes it: remove it")
     return record
+
+
+def is_point(value: object) -> bool:
+    """Whether a value of the record is a point with its measurements."""
+    if not isinstance(value, dict):
+        return False
+    kinds = Point.__annotations__ | dict.fromkeys(("evaluations", BEST, *(METRICS.keys() & value.keys())), float)
+    return all(isinstance(value.get(name), int | float if kind is float else kind) for name, kind in kinds.items())
+
+
+def require_ours(out: Path) -> None:
+    """ValueError where the table or the picture would replace a file that belongs to no sweep."""
+    for path in (out / "sweep.md", out / "sweep.png"):
+        if os.path.lexists(path) and not (out / "sweep.json").exists():
+            raise ValueError(f"{path}: is there already, without a sweep.json; move it away, or choose another --out")
 
 
 def curves(points: Iterable[dict]) -> dict[tuple, dict[float, dict[str, list[float]]]]:
@@ -273,6 +292,7 @@ def show(out: Path, record: dict) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = distributed.init()
+    distributed.from_main(lambda: require_ours(args.out))
     checkpoint = distributed.from_main(lambda: checkpoint_file.examine(args.ckpt))
     with distributed.all_or_none():
         by_weights = {name: load(checkpoint, name).to(device) for name in dict.fromkeys(args.weights)}

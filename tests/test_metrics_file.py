@@ -76,13 +76,33 @@ def test_a_full_disk_leaves_no_half_line(path):
     assert steps(path)[-1] == ("evaluation", 5)
 
 
-@pytest.mark.parametrize("content", [b"hello\n", b"[1]\n", b'{"step": "1", "kind": "run"}\n', b'{"kind": "run"}\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello\n", b"[1]\n", b'{"step": "1", "kind": "run"}\n', b'{"kind": "run"}\n',
+        b"no end of a line", b'{"loss": 0.5}', b"\x80\x00\xff", b"[" * 100_000, b"[" * 100_000 + b"\n",
+    ],
+    ids=range(9),
+)  # fmt: skip
 def test_files_of_other_programs_are_left_alone(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="line 1 is no record of a run; move the file away"):
         MetricsFile(path, 0)
     assert path.read_bytes() == content
+
+
+def test_what_another_run_measured_is_kept_aside(path):
+    """A run from the start on, in a folder whose checkpoints are gone: nothing is lost, however often."""
+    path.write_text('{"kind": "run", "step": 0}\n' + path.read_text())
+    for n in (1, 2):
+        said, before = [], path.read_bytes()
+        file = MetricsFile(path, 0, said.append)
+        aside = path.with_name(f"metrics.{n}.jsonl")
+        assert path.read_bytes() == b"" and aside.read_bytes() == before and file.evaluated == set()
+        assert len(said) == 1 and said[0].endswith(f"it is now {aside}")
+        file.append("training", 1, {"loss": 1 / n})
+        file.close()
 
 
 def test_what_is_no_file_is_refused(tmp_path):

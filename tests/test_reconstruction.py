@@ -64,6 +64,7 @@ def test_a_row_for_every_angle_with_less_noise_nearer_to_the_images(here, capsys
     assert len({row["rFID"] for row in rows}) == 3
     told = capsys.readouterr()
     assert "| 0.2 | " in told.out and told.err.startswith("no LPIPS: --vgg-weights the download")
+    (here / "out.json").unlink()
     assert run(here, "--angles", 0.2, 3)[1]["reconstruction"] == rows  # seeded
 
 
@@ -97,6 +98,21 @@ def test_mistakes_are_one_line(here, capsys, flags, message):
     assert run(here, *flags) == (2, None)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0]
+
+
+def test_no_file_is_overwritten_and_a_folder_must_be_there_before_the_work(here, capsys, monkeypatch):
+    monkeypatch.setattr(reconstruction.checkpoint_file, "examine", lambda path: pytest.fail("work has begun"))
+    before = (here / "vae.pt").read_bytes()
+    assert run(here, "--out", here / "vae.pt")[0] == 2
+    assert "vae.pt: is there already; remove it, or choose another name" in capsys.readouterr().err
+    assert (here / "vae.pt").read_bytes() == before
+    assert run(here, "--out", here / "no/out.json")[0] == 2
+    assert f"there is no folder {here / 'no'}" in capsys.readouterr().err
+
+
+def test_bad_data_is_called_as_it_is_here(here, capsys):
+    assert run(here, data="nowhere.tar") == (2, None)
+    assert f"error: DATA {here / 'nowhere.tar'}: no such file" in capsys.readouterr().err
 
 
 def test_images_of_another_size_are_refused(here, capsys):

@@ -1,6 +1,7 @@
 """report.html: everything on one page, whatever the run; and a page that fails fails no run."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -78,6 +79,50 @@ def test_many_large_sheets_stay_a_small_page(tmp_path):
 def test_a_folder_that_is_no_runs_is_refused(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert re.search("has no metrics.jsonl; name the --results-dir", capsys.readouterr().err)
+
+
+def test_only_a_page_of_ours_is_replaced(tmp_path, capsys):
+    page = write_run(tmp_path, 1) / "report.html"
+    for _ in range(2):
+        assert report.main([str(tmp_path)]) == 0
+    page.write_text("<!DOCTYPE html><title>my own</title>")
+    assert report.main([str(tmp_path)]) == 2
+    assert page.read_text().endswith("<title>my own</title>")
+    assert "report.html was not written by train.py; move it away" in capsys.readouterr().err
+
+
+def test_what_is_no_sheet_is_named_and_left_out(tmp_path):
+    sheets = write_run(tmp_path, 10) / "sheets"
+    os.mkfifo(sheets / "step_00000001.png")  # would be waited for
+    (sheets / "step_00000002.png").write_bytes(b"\x89PNG and no more")
+    shutil.copy(sheets / "step_00000010.png", sheets / "step_best.png")
+    (sheets / "step_00000003.png").mkdir()
+    page = report_page.write_report(tmp_path).read_text()
+    assert page.count("data:image/png") == 1 and ">step 10<" in page
+    assert re.findall(r">([^<>]*) is no sheet<", page) == [
+        "step_00000001.png", "step_00000002.png", "step_00000003.png", "step_best.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("settings", None), ("settings", "x"), ("trainable_parameters", {}), ("device", None), ("versions", 3),
+        ("time", 1e300), ("time", 1e17), ("time", "noon"), ("commit", 7), ("time", None),
+    ],
+)  # fmt: skip
+def test_records_that_are_no_runs_are_one_line(tmp_path, capsys, name, value):
+    path = write_run(tmp_path, 0) / "metrics.jsonl"
+    record = json.loads(path.read_text()) | {name: value}
+    path.write_text(json.dumps(record) + "\n")
+    code = report.main([str(tmp_path)])
+    lines = capsys.readouterr().err.splitlines()
+    shown = name in ("trainable_parameters", "device")  # anything can be
+    assert (code, len(lines)) == ((0, 0) if shown else (2, 1))
+    assert shown or f"{path}: holds records that are not as train.py writes them (" in lines[0]
+    del record[name]
+    path.write_text(json.dumps(record) + "\n")
+    assert report.main([str(tmp_path)]) == 2
 
 
 def test_training_ends_with_the_page_and_does_not_fail_with_it(tmp_path, monkeypatch, capsys):

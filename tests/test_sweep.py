@@ -145,3 +145,29 @@ def test_another_checkpoint_is_refused_by_name(here, capsys):
     torch.save({"model": checkpoint_state(calm_nano()), "config": config_to_dict(NANO), "step": 3}, here / "other.pt")
     assert run(here, *few, ckpt="other.pt")[0] == 2
     assert "holds another sweep (checkpoint sha256: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sweep.md", "sweep.png"])
+def test_files_of_nobodys_sweep_are_refused_before_the_work(here, capsys, monkeypatch, name):
+    monkeypatch.setattr(sweep.checkpoint_file, "examine", lambda path: pytest.fail("work has begun"))
+    (here / "out").mkdir()
+    (here / "out" / name).write_text("mine")
+    assert run(here, *FEW) == (2, None)
+    assert f"{name}: is there already, without a sweep.json; move it away" in capsys.readouterr().err
+    assert (here / "out" / name).read_text() == "mine"
+
+
+GOOD = {"seed": 0, "weights": "ema", "sampler": "ab2", "steps": "1", "cfg_scale": 2, "evaluations": 1}
+GOOD |= {"pixel_frechet": 0.5, "FID": 7}
+
+
+@pytest.mark.parametrize(
+    "points", [None, {}, [1], [{"x": 1}], [GOOD | {"seed": []}], [GOOD | {"steps": 1}], [GOOD | {"FID": "low"}]]
+)
+def test_a_record_that_is_no_sweeps_is_one_line(tmp_path, points):
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps({"plan": 1, "points": [GOOD]}))
+    assert sweep.open_record(path, {"plan": 1})["points"] == [GOOD]
+    path.write_text(json.dumps({"plan": 1, "points": points}))
+    with pytest.raises(ValueError, match="is damaged, not as a sweep writes it: remove it"):
+        sweep.open_record(path, {"plan": 1})

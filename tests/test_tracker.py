@@ -30,6 +30,19 @@ def test_a_sheet_is_the_grid_of_images(tracker, tmp_path):
     assert sheet[2:18, 2:18, 0].reshape(-1).tolist() == list(range(256))
 
 
+def test_only_a_sheet_of_ours_is_replaced(tracker, tmp_path, said):
+    sheet = tmp_path / "sheets/step_00000020.png"
+    for level in (0.0, 1.0):  # our own first
+        tracker.image("images", torch.full((1, 3, 4, 4), level))
+    assert np.asarray(Image.open(sheet)).max() == 255 and not said
+    Image.new("RGB", (3, 3)).save(sheet)
+    foreign = sheet.read_bytes()
+    for _ in range(2):
+        tracker.image("images", torch.zeros(1, 3, 4, 4))
+    assert sheet.read_bytes() == foreign and len(said) == 1
+    assert "sheets: step_00000020.png was not written by train.py; move it away; training goes on" in said[0]
+
+
 def test_an_evaluation_is_told_and_kept_with_its_receipt(tracker, tmp_path):
     tracker.evaluation({"FID": 12.5, "MIND": float("nan")}, {"seed": 3}, seconds=4.321)
     (record,) = read_metrics(tmp_path / "metrics.jsonl")

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 from utils.files import atomic_file, sync
@@ -21,12 +23,14 @@ def read_metrics(path: Path) -> list[dict]:
 
     Raises ValueError where another program wrote to the file.
     """
-    *lines, _ = path.read_bytes().split(b"\n")
+    *lines, half = path.read_bytes().split(b"\n")
+    if half and not lines:  # nothing before it says that the file is ours
+        lines = [half]
     records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
             raise ValueError(f"{path}: line {number} is no record of a run; move the file away")
@@ -37,21 +41,27 @@ def read_metrics(path: Path) -> list[dict]:
 class MetricsFile:
     """The file of a run that continues from `step`: what an interrupted run wrote beyond is taken out first.
 
-    Raises ValueError where the file is no run's, or no file.
+    A run from the start on may stand where a finished one's checkpoints were: then the whole file is kept aside, and
+    that reported. Raises ValueError where the file is no run's, or no file.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int, report: Callable[[str], None] = print):
         self.name = str(path)
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise ValueError(f"{path}: is no file; move it away")
+        known = read_metrics(path) if path.exists() else []
+        if step == 0 and any(record["step"] > 0 for record in known):
+            aside = next(name for n in count(1) if not os.path.lexists(name := path.with_suffix(f".{n}.jsonl")))
+            path.rename(aside)
+            report(f"{path} had steps of an earlier run, which has no checkpoint here; it is now {aside}")
+            known = []
+        records = [record for record in known if record["step"] <= step]
         if path.exists():
-            if not path.is_file():  # a pipe would wait for ever
-                raise ValueError(f"{path}: is no file; move it away")
-            records = [record for record in read_metrics(path) if record["step"] <= step]
-            content = b"".join(map(as_line, records))
-            if content != path.read_bytes():
+            content = path.read_bytes()
+            kept = b"".join(line + b"\n" for line, record in zip(content.split(b"\n"), known) if record["step"] <= step)
+            if kept != content:
                 with atomic_file(path) as file:
-                    file.write(content)
-        else:
-            records = []
+                    file.write(kept)
         self.evaluated = {record["step"] for record in records if record["kind"] == "evaluation"}
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115
         sync(path.parent)

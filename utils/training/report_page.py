@@ -17,7 +17,7 @@ from PIL import Image
 
 from utils.files import atomic_file, printable
 from utils.training.metrics_file import NAME, read_metrics
-from utils.training.tracker import SHEETS
+from utils.training.tracker import SHEETS, SIGNED, require_ours
 
 PAGE = "report.html"
 MAX_SHEETS = 12  # on the page, spread evenly over those that there are
@@ -58,10 +58,19 @@ def write_or_say_why_not(folder: Path, report: Callable[[str], None]) -> None:
 
 
 def write_report(folder: Path) -> Path:
-    """Write FOLDER/report.html; its path. Raises ValueError where the folder is no run's."""
+    """Write FOLDER/report.html; its path. ValueError where the folder, or what the page would replace, is no run's."""
     if not (folder / NAME).is_file():
         raise ValueError(f"{folder}: has no {NAME}; name the --results-dir of a run of train.py")
-    page = make_page(read_metrics(folder / NAME), sorted((folder / SHEETS).glob("step_*.png")), folder.name)
+    try:
+        require_ours(folder / PAGE)
+    except FileExistsError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from None
+    records, sheets = read_metrics(folder / NAME), sorted((folder / SHEETS).glob("step_*.png"))
+    try:
+        page = make_page(records, sheets, folder.name)
+    except (AttributeError, LookupError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / NAME}: holds records that are not as train.py writes them ({reason})") from None
     with atomic_file(folder / PAGE) as file:
         file.write(page.encode())
     return folder / PAGE
@@ -80,7 +89,8 @@ def make_page(records: list[dict], sheets: list[Path], name: str) -> str:
     what = "originals above their reconstructions" if settings["vae_only"] else "samples of the first classes"
     return "\n".join([
         "<!DOCTYPE html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title><style>{STYLE}</style></head><body>',
+        f'<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{SIGNED.decode()}">',
+        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body>",
         f"<main><h1>{escape(settings['model'])}, {stage} stage</h1>",
         f'<div class="note">{escape(name)} · last line of {written:%Y-%m-%d %H:%M} UTC · commit '
         f"{escape((starts[-1]['commit'] or 'unknown')[:10])} · {escape(starts[-1]['device'])}</div>",
@@ -156,7 +166,16 @@ def curve(title: str, lines: dict[str, list[tuple[int, float]]]) -> str:
 
 
 def sheet(path: Path) -> str:
-    step = int(path.stem.removeprefix("step_"))
+    """A sheet and its step; of what is none, such as a pipe that would be waited for, the name alone."""
+    try:
+        return picture(path, int(path.stem.removeprefix("step_")))
+    except Exception:  # Pillow raises a dozen kinds
+        return f"<figure><figcaption>{escape(path.name)} is no sheet</figcaption></figure>"
+
+
+def picture(path: Path, step: int) -> str:
+    if not path.is_file():
+        raise ValueError
     content, kind = path.read_bytes(), "png"
     with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         small = max(image.size) < 500

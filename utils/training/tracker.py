@@ -1,5 +1,7 @@
 """What a run reports: losses that stay on the device between log lines; log.txt, metrics.jsonl, TensorBoard, sheets."""
 
+import errno
+import os
 import sys
 import threading
 import time
@@ -9,14 +11,38 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from utils import distributed
-from utils.images import to_uint8, write_png
+from utils.files import atomic_file
+from utils.images import to_uint8
 from utils.training.metrics_file import NAME, MetricsFile
 
 SHEETS = "sheets"  # folder of the images by step
+SIGNED = b"SphereAR train.py"  # stands at the beginning of each sheet and report, so that no other file is replaced
+
+
+def require_ours(path: Path) -> None:
+    """FileExistsError where something is at `path` that is no sheet and no report of a run."""
+    if os.path.lexists(path):
+        if path.is_file():
+            with open(path, "rb") as file:
+                if SIGNED in file.read(256):
+                    return
+        raise FileExistsError(errno.EEXIST, f"{path.name} was not written by train.py; move it away", str(path))
+
+
+def write_sheet(path: Path, image: np.ndarray) -> None:
+    """An image (uint8, H W 3) as a signed PNG, atomically; in the place of an earlier one, and of no other file."""
+    require_ours(path)
+    signature = PngInfo()
+    signature.add_text("Software", SIGNED.decode())
+    with atomic_file(path) as file:
+        Image.fromarray(image).save(file, format="PNG", pnginfo=signature)
 
 
 def summary_writer(folder: Path, step: int):
@@ -86,7 +112,7 @@ class Tracker:
                 folder.mkdir(parents=True, exist_ok=True)
                 if (folder / "log.txt").is_fifo():  # it would be waited for, for ever
                     raise ValueError(f"{folder / 'log.txt'}: is a pipe; move it away")
-                self.metrics = MetricsFile(folder / NAME, step)
+                self.metrics = MetricsFile(folder / NAME, step, report)
                 self.file = open(folder / "log.txt", "ab", buffering=0)  # noqa: SIM115
         self.excepthook = threading.excepthook
         threading.excepthook = without_tensorboards(self.excepthook)
@@ -168,7 +194,7 @@ class Tracker:
         path = self.folder / SHEETS / f"step_{self.progress.step:08d}.png"
         with self._going_on(str(path.parent)):
             path.parent.mkdir(exist_ok=True)
-            write_png(path, to_uint8(2 * grid[None] - 1)[0])
+            write_sheet(path, to_uint8(2 * grid[None] - 1)[0])
 
     def print(self, text: str) -> None:
         """A line above the progress bar and in log.txt, from rank 0."""
