@@ -29,7 +29,7 @@ import torch
 from utils import distributed, provenance, script
 from utils.evaluation import inception_weights, metrics, results
 from utils.evaluation.batches import Batches
-from utils.evaluation.extraction import Evaluated, Extraction, Settings, choose_workers
+from utils.evaluation.extraction import NETWORK_BATCH, Evaluated, Extraction, Settings, choose_workers
 from utils.evaluation.features import exact_arithmetic, hand_back_memory
 from utils.evaluation.inputs import Images, check_inputs, inspect, open_images
 from utils.evaluation.intervals import RESAMPLES
@@ -167,7 +167,7 @@ def measure(
             metrics.check_halves(samples.count)
     weights = distributed.from_main(lambda: inception_weights.find_weights(settings.inception))
     settings = settings._replace(inception=str(weights))  # found before anything is said about the images
-    batch_size = settings.batch_size or (2 if device.type == "cpu" else 64)
+    batch_size = settings.batch_size or NETWORK_BATCH[device.type]
     if counted:
         batch_size = min(batch_size, max(reference.count, samples.count))
         notes = tell(inspect(reference, samples))

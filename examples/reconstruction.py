@@ -26,7 +26,7 @@ from models import SVAE, SphereAR
 from models.lpips import LPIPS, vgg_weights
 from utils import checkpoint_file, distributed, script
 from utils.evaluation.batches import Batches
-from utils.evaluation.extraction import Extraction, Settings
+from utils.evaluation.extraction import NETWORK_BATCH, Extraction, Settings
 from utils.evaluation.features import exact_arithmetic
 from utils.evaluation.inputs import open_images
 from utils.evaluation.metrics import Reference, as_reference, distances
@@ -36,7 +36,6 @@ from utils.images import to_float, to_uint8
 from utils.provenance import provenance
 
 BATCH_SIZE = 32  # images of the S-VAE
-INCEPTION_BATCH = {"cuda": 64, "cpu": 2}  # evaluator.py's
 
 
 def turned(tokens: Tensor, angle: float, noise: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     lpips = open_lpips(args.vgg_weights)
     measurement = Measurement(vae, images, lpips.to(device) if lpips else None, args.global_seed)
     workers = torch.get_num_threads() if device.type == "cpu" else 1
-    with exact_arithmetic(), Extraction(Settings(), device, INCEPTION_BATCH[device.type], workers) as net:
+    with exact_arithmetic(), Extraction(Settings(), device, NETWORK_BATCH[device.type], workers) as net:
         reference = as_reference(net(Batches(measurement.originals())), device)
         rows = {angle: measurement.at(angle, net, reference) for angle in (0.0, *args.angles)}
         weights = net.weights

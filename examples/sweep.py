@@ -31,7 +31,7 @@ from models import SamplingSettings, SphereAR
 from models.samplers import SAMPLERS
 from utils import checkpoint_file, distributed, script
 from utils.evaluation.batches import Batches
-from utils.evaluation.extraction import Extraction, Settings, choose_workers
+from utils.evaluation.extraction import NETWORK_BATCH, Extraction, Settings, choose_workers
 from utils.evaluation.inputs import Images, open_images
 from utils.evaluation.metrics import SEED, Reference, as_reference, distances, floor
 from utils.evaluation.pixels import pixel_distances, pixel_features
@@ -179,7 +179,7 @@ def pixels_of(images: Images) -> Tensor:
 
 def inception(device: torch.device, images: Images) -> Extraction:
     """The network that FID and MIND are defined on; the features of a file stay beside it, for the next command."""
-    settings, batch_size = Settings(cache_features=True), 2 if device.type == "cpu" else 64
+    settings, batch_size = Settings(cache_features=True), NETWORK_BATCH[device.type]
     return Extraction(settings, device, batch_size, choose_workers(settings, device, batch_size, [images]))
 
 

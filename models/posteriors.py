@@ -185,10 +185,7 @@ class RandomSigmaPosterior(_Flat):
 
     @staticmethod
     def num_draws(latent_dim: int) -> tuple[int, int]:
-        return (
-            latent_dim + 1,
-            0,
-        )  # the last one of an image's first token is for its deviation, those of others for none
+        return latent_dim + 1, 0  # the last of an image's first token is for its deviation, those of others for none
 
     def sample_from(self, draws: Draws) -> Tensor:
         deviation = self.spread * draws.normals[:, :1, -1:]  # (B, 1, 1)

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from utils import hub, safetensors_file
-from utils.files import atomic_file, mistaken, sha256
+from utils.files import atomic_file, identity, mistaken, sha256
 
 T = TypeVar("T")
 MAX_SHARING = 4  # times that tensors may share their memory, as EMA weights do that equal the model's
@@ -87,13 +87,13 @@ class Examined(NamedTuple):
 
     path: str  # of the file itself: a link to it may move on; or its address in the hub
     sha256: str
-    stamp: tuple[int, ...]
+    stamp: tuple[int, int, int] | None
 
 
 def examine(path: str | Path) -> Examined:
     """Hold every byte of a checkpoint against its checksum. Raises ValueError as `read` does."""
     file = os.path.realpath(hub.local(path))
-    stamp = _stamp(file) if os.path.exists(file) else ()
+    stamp = identity(file)
     read(file, verify=True)
     return Examined(str(path) if hub.is_address(path) else file, sha256(file), stamp)
 
@@ -102,7 +102,7 @@ def load_examined(file: Examined, build: Callable[[dict], T]) -> T:
     """As `load`, on any process: ValueError where this is not, or no longer, the file that was examined."""
     path = hub.local(file.path)
     built = load(path, build)
-    if _stamp(path) != file.stamp and sha256(path) != file.sha256:  # copies are welcome
+    if identity(path) != file.stamp and sha256(path) != file.sha256:  # copies are welcome
         raise ValueError(f"{file.path}: is being written, or is another file here than on process 0; run again")
     return built
 
@@ -117,12 +117,6 @@ def _is_zip(path: str | Path) -> bool:
     """Whether it is torch.save's format since 1.6, which alone can be mapped."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
-
-
-def _stamp(path: str) -> tuple[int, ...]:
-    """What changes when a file is written or replaced."""
-    status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _what_is_wrong(path: str | Path, error: Exception) -> str:

@@ -170,6 +170,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SPHEREAR_CACHE") or "~/.cache/spherear").expanduser()
 
 
+def identity(path: str | Path) -> tuple[int, int, int] | None:
+    """Numbers that change when a file is replaced or written to: inode, size, date in ns. None: it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def printable(text: str) -> str:
     """Text as one line, with everything escaped that a terminal would obey or cannot show: file names hold anything."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -19,6 +19,7 @@ from utils.evaluation.inception_tensorflow import TensorFlowInception
 from utils.evaluation.inputs import Images
 
 PARTS = 64  # a file is cut into about so many, taken in turns by the processes, whatever their number
+NETWORK_BATCH = {"cuda": 64, "cpu": 2}  # images per call of the network
 BATCHES_AT_ONCE = 256  # images that a process takes in a turn where nobody knows how many there are
 
 

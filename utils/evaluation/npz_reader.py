@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from utils.files import mistaken
+from utils.files import identity, mistaken
 
 NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *\}\s*")
@@ -188,15 +188,6 @@ class NpzReader:
         finally:
             if identity(self.path) != self._identity:
                 raise ValueError(f"{self.path}: {CHANGED}") from None
-
-
-def identity(path: Path) -> tuple[int, int, int] | None:
-    """Numbers that change when a file is replaced or written to: inode, size, date in ns. None: it is not there."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_header(member: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...], int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from utils import distributed
 from utils.distributed import my_parts
 from utils.evaluation import inception_weights
-from utils.evaluation.extraction import Evaluated, Extraction, Settings, choose_workers
+from utils.evaluation.extraction import NETWORK_BATCH, Evaluated, Extraction, Settings, choose_workers
 from utils.evaluation.features import exact_arithmetic, hand_back_memory
 from utils.evaluation.inputs import open_images
 from utils.evaluation.metrics import SEED, as_reference, distances
@@ -21,7 +21,6 @@ from utils.evaluation.reconstruction import WINDOW, psnr, ssim
 from utils.images import to_float, to_uint8
 
 MADE_AT_ONCE = {"cuda": 64, "cpu": 32}  # images that a model makes, whatever the number of processes
-BATCH_SIZE = {"cuda": 64, "cpu": 2}  # images per call of the network, as in evaluator.py
 
 
 class Comparison:
@@ -66,8 +65,8 @@ class Comparison:
         """FID and MIND of `count` images, of which these are this process's parts."""
         threads, settings = torch.get_num_threads(), self.settings
         with torch.autocast(self.device.type, enabled=False), exact_arithmetic():
-            workers = choose_workers(settings, self.device, BATCH_SIZE[self.device.type], [self.source])
-            with Extraction(settings, self.device, BATCH_SIZE[self.device.type], workers, shows=False) as extraction:
+            workers = choose_workers(settings, self.device, NETWORK_BATCH[self.device.type], [self.source])
+            with Extraction(settings, self.device, NETWORK_BATCH[self.device.type], workers, shows=False) as extraction:
                 if self.reference is None:
                     self.reference = extraction(self.source)
                     if self.reference.features is not None:

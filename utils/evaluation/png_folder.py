@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.evaluation.npz_reader import CHANGED, identity
-from utils.files import BLOCK_BYTES
+from utils.evaluation.npz_reader import CHANGED
+from utils.files import BLOCK_BYTES, identity
 
 LOSSY = ".jpg", ".jpeg", ".webp"
 
