@@ -105,7 +105,7 @@ class FolderSource:
         if not self.classes:
             tars = [printable(entry.name) for entry in entries if entry.name.lower().endswith(".tar")]
             raise ValueError(
-                f"--data-path {path}: a folder without class folders; "
+                f"{path}: a folder without class folders; "
                 + (
                     f"it holds tars: give the tar itself ({tars[0]}), or unpack class tars into folders"
                     if tars
@@ -120,9 +120,7 @@ class FolderSource:
                 if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != "."
             )
             if not files:
-                raise ValueError(
-                    f"--data-path {path}: class folder {printable(name)} holds no images; remove or fill it"
-                )
+                raise ValueError(f"{path}: class folder {printable(name)} holds no images; remove or fill it")
             names += [os.fsencode(file) for file in files]
             counts.append(len(files))
         self.ends = np.cumsum(counts)
@@ -239,7 +237,7 @@ def build_dataset(
     """The data set at `data_path`, a tar of class tars or a folder of class folders; labels are sorted-name ranks.
 
     `fast` resizes training images by torch (else pixel-equal to ADM's chain).
-    Raises ValueError, naming the flag, when the data are missing, of another form or of another number of classes.
+    ValueError where the data are missing, of another form or of another number of classes.
     """
     return ImageDataset(open_source(data_path, num_classes), image_size, seed, fast, flip)
 
@@ -249,18 +247,16 @@ def open_source(data_path: str | Path, num_classes: int | None = None) -> TarSou
     path = Path(os.path.realpath(os.path.expanduser(data_path)))
     try:
         if not path.exists():
-            raise ValueError(f"--data-path {data_path}: no such file or folder")
+            raise ValueError(f"{data_path}: no such file or folder")
         if not path.is_dir() and not path.is_file():
-            raise ValueError(f"--data-path {data_path}: neither a file nor a folder")
+            raise ValueError(f"{data_path}: neither a file nor a folder")
         source = FolderSource(path) if path.is_dir() else TarSource(path)
     except OSError as error:
-        raise ValueError(
-            f"--data-path {data_path}: cannot be read: {error.strerror} ({error.filename or path})"
-        ) from None
+        raise ValueError(f"{data_path}: cannot be read: {error.strerror} ({error.filename or path})") from None
     if num_classes is not None and len(source.classes) != num_classes:
         found, first, last = len(source.classes), printable(source.classes[0]), printable(source.classes[-1])
         raise ValueError(
-            f"--num-classes {num_classes}, but --data-path {data_path} holds {found} classes ({first} ... {last}); "
+            f"--num-classes {num_classes}, but {data_path} holds {found} classes ({first} ... {last}); "
             f"set --num-classes {found}"
         )
     return source

@@ -65,20 +65,18 @@ def build_index(tar_path: str | Path) -> TarIndex:
         classes = [name for name, _, _ in tars]
         if not tars:
             raise ValueError(
-                f"--data-path {tar_path}: "
+                f"{tar_path}: "
                 + (f"a flat tar ({printable(members[0][0])} lies directly in it)" if members[0] else "an empty tar")
                 + "; expected a tar of class tars (as ILSVRC2012_img_train.tar), or give a folder of class folders"
             )
         for name in {name for name in classes if classes.count(name) > 1}:
-            raise ValueError(
-                f"--data-path {tar_path}: two class tars are named {printable(name)}; expected one tar per class"
-            )
+            raise ValueError(f"{tar_path}: two class tars are named {printable(name)}; expected one tar per class")
         offsets, sizes, counts = [], [], []
         for name, start, size in tars:
             where = f"{tar_path}, class {printable(name)}"
             found = _walk(fd, start, start + size, where, IMAGE_SUFFIXES)
             if not found[0]:
-                raise ValueError(f"--data-path {where} holds no images; remove it or repair the tar")
+                raise ValueError(f"{where} holds no images; remove it or repair the tar")
             offsets.append(np.array(found[1], np.int64))
             sizes.append(np.minimum(found[2], MAX_SIZE).astype(np.uint32))
             counts.append(len(found[0]))
@@ -105,7 +103,7 @@ def _walk(fd: int, start: int, end: int, where: str, suffixes: tuple[str, ...] |
         header = os.pread(fd, BLOCK, position) if position + BLOCK <= end else b""
         if len(header) < BLOCK:
             what = "an empty file" if end == start else f"truncated at byte {position - start} of {end - start}"
-            raise ValueError(f"--data-path {where}: {what} (no end-of-archive mark); copy it again")
+            raise ValueError(f"{where}: {what} (no end-of-archive mark); copy it again")
         if not header[0] and not any(header):
             break
         try:
@@ -118,7 +116,7 @@ def _walk(fd: int, start: int, end: int, where: str, suffixes: tuple[str, ...] |
             if not _valid(header):
                 raise _broken(where, payload - BLOCK - start)
             raise ValueError(
-                f"--data-path {where}: truncated: {printable(_short_name(header))} needs {size} bytes, "
+                f"{where}: truncated: {printable(_short_name(header))} needs {size} bytes, "
                 f"{end - payload} are there; copy it again"
             )
         headers.append(header)
@@ -133,7 +131,7 @@ def _walk(fd: int, start: int, end: int, where: str, suffixes: tuple[str, ...] |
                 long_size = _digits(records["size"].encode(errors="surrogateescape"), 10) if "size" in records else None
             except ValueError:
                 raise ValueError(
-                    f"--data-path {where}: a pax header whose size is no number: "
+                    f"{where}: a pax header whose size is no number: "
                     f"{printable(records['size'][:40])}; copy the tar again"
                 ) from None
         elif kind not in b"Kg":  # "K" long link, "g" global records: neither belongs to a file
@@ -147,7 +145,7 @@ def _walk(fd: int, start: int, end: int, where: str, suffixes: tuple[str, ...] |
             long_name = long_size = None
     bad = np.flatnonzero(~_valid(b"".join(headers)))
     if bad.size:
-        raise ValueError(f"--data-path {where}: header {bad[0]} is damaged (checksum); copy the tar again")
+        raise ValueError(f"{where}: header {bad[0]} is damaged (checksum); copy the tar again")
     return names, offsets, sizes
 
 
@@ -181,9 +179,7 @@ def _valid(headers: bytes) -> np.ndarray:
 
 
 def _broken(where: str, position: int) -> ValueError:
-    return ValueError(
-        f"--data-path {where}: no tar header at byte {position}: the file is damaged, compressed or not a tar"
-    )
+    return ValueError(f"{where}: no tar header at byte {position}: the file is damaged, compressed or not a tar")
 
 
 def _pax_records(text: bytes, where: str) -> dict[str, str]:
@@ -192,7 +188,7 @@ def _pax_records(text: bytes, where: str) -> dict[str, str]:
     while text:
         length, _, _ = text.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(text):
-            raise ValueError(f"--data-path {where}: a damaged pax header; copy the tar again")
+            raise ValueError(f"{where}: a damaged pax header; copy the tar again")
         key, _, value = text[len(length) + 1 : int(length) - 1].partition(b"=")
         records[key.decode(errors="replace")] = value.decode(errors="surrogateescape")
         text = text[int(length) :]

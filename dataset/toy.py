@@ -22,10 +22,12 @@ import numpy as np
 from PIL import Image
 
 from dataset.imagenet import ImageDataset, open_source
+from dataset.tar_index import build_index
 from utils.files import NPZ_FAULTS, atomic_file, printable
 
 REFERENCE_PER_DIGIT = 50  # images of each digit that the metrics compare with
 DIGITS = "data/data/mnist_5k.csv.gz"  # 5,000 rows: 784 grey levels, then the digit
+CIFAR_IMAGES = 50_000
 CIFAR_BATCHES = [f"package/data_batch_{i}.png" for i in range(1, 6)]
 
 
@@ -43,13 +45,16 @@ def write_toy(out: str | Path, count: int = 5000) -> tuple[Path, Path]:
     """Write OUT/mnist.tar and OUT/reference.npz, each atomically and only where missing; returns both paths.
 
     The tar holds `count` images, equally many of each digit; the reference the first 50 of each, uint8
-    (N, 32, 32, 3) `arr_0`, and their labels, int64 (N,) `arr_1`. Raises ValueError where `count` is not 10 to
-    5000 in tens.
+    (N, 32, 32, 3) `arr_0`, and their labels, int64 (N,) `arr_1`. ValueError where `count` is not 10 to 5000 in tens,
+    or where a file is there that holds something else.
     """
     if not 10 <= count <= 5000 or count % 10:
         raise ValueError(f"--count {count}: expected a multiple of 10 from 10 to 5000")
     out = Path(out)
     tar, reference = out / "mnist.tar", out / "reference.npz"
+    for path, expected in (tar, count), (reference, min(count, 10 * REFERENCE_PER_DIGIT)):
+        if path.exists() and _images_in(path) != expected:
+            raise ValueError(f"{path}: is there, and has not {expected} digits; remove it, or choose another --out")
     if tar.exists() and reference.exists():
         return tar, reference
     images, labels = read_digits()
@@ -64,6 +69,17 @@ def write_toy(out: str | Path, count: int = 5000) -> tuple[Path, Path]:
         with atomic_file(reference, new=True) as file:
             np.savez(file, arr_0=np.repeat(images[shown][..., None], 3, axis=3), arr_1=labels[shown])
     return tar, reference
+
+
+def _images_in(path: Path) -> int | None:
+    """How many images a tar of ours, or an .npz, holds; None for another file."""
+    try:
+        if path.suffix == ".tar":
+            return int(build_index(path).ends[-1])
+        with np.load(path, allow_pickle=False) as arrays:
+            return len(arrays["arr_0"])
+    except NPZ_FAULTS:
+        return None
 
 
 def read_cifar(package: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -85,6 +101,8 @@ def read_cifar(package: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def write_cifar(package: str | Path, out: str | Path) -> Path:
     """Write OUT/cifar10.tar, as PNGs, atomically and only where missing; its path."""
     tar = Path(out, "cifar10.tar")
+    if tar.exists() and _images_in(tar) != CIFAR_IMAGES:
+        raise ValueError(f"{tar}: is there, and has not {CIFAR_IMAGES} images; remove it, or choose another --out")
     if not tar.exists():
         images, labels = read_cifar(package)
         tar.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ same for both files: the size, the number of parameters, and a hash of the weigh
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,8 +28,10 @@ def run(args: argparse.Namespace) -> int:
     target = Path(args.target)
     if target.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"{target}: its name must end in .pt or .safetensors, which says what is written")
-    if not target.parent.is_dir() or target.exists():
-        raise ValueError(f"{target}: there is {'such a file already' if target.exists() else 'no such folder'}")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target}: there is no such folder")
+    if os.path.lexists(target):
+        raise ValueError(f"{target}: is there already; remove it, or choose another name")
     file = checkpoint_file.examine(args.source)
     model = checkpoint_file.load_examined(file, lambda checkpoint: from_checkpoint(checkpoint, ema=not args.no_ema))
     state, config = checkpoint_state(model), config_to_dict(model.config)

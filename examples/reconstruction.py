@@ -65,11 +65,7 @@ def open_data(path: str, image_size: int, count: int) -> list[Callable[[], np.nd
         if {images.height, images.width} != {image_size}:
             raise ValueError(f"{path}: images are {images.height} x {images.width}, the S-VAE's {image_size} wide")
     else:
-        try:
-            source = open_source(path)
-        except ValueError as error:  # it is --data-path for others
-            raise ValueError(str(error).replace("--data-path ", "DATA ", 1)) from None
-        data = ImageDataset(source, image_size, seed=0)
+        data = ImageDataset(open_source(path), image_size, seed=0)
         total, read = len(data), lambda i: data[i].image.permute(1, 2, 0).numpy()
     if total < 2:
         raise ValueError(f"{path}: has {total} images; rFID needs at least 2")

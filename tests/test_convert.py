@@ -49,7 +49,7 @@ def test_an_svae_alone(tmp_path, capsys):
     [
         ("nano.pt", "nano.bin", r"nano.bin: its name must end in .pt or .safetensors"),
         ("nano.pt", "nowhere/nano.pt", "nano.pt: there is no such folder"),
-        ("nano.pt", "nano.pt", "nano.pt: there is such a file already"),
+        ("nano.pt", "nano.pt", "nano.pt: is there already"),
         ("missing.pt", "new.pt", "missing.pt: no such checkpoint"),
     ],
 )
@@ -59,3 +59,9 @@ def test_mistakes_are_one_line(tmp_path, capsys, source, target, message):
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["nano.pt"]
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "new.pt").symlink_to(tmp_path / "nowhere")
+    assert convert.main([str(tmp_path / "nano.pt"), str(tmp_path / "new.pt")]) == 2
+    assert "new.pt: is there already" in capsys.readouterr().err and (tmp_path / "new.pt").is_symlink()

@@ -223,13 +223,13 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
 
     tar, root = class_tars(tmp_path / "train.tar", small_classes()), folder(tmp_path / "train", small_classes())
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ValueError, match=r"--data-path .*fifo: neither a file nor a folder"):
+    with pytest.raises(ValueError, match=r".*fifo: neither a file nor a folder"):
         open_source(tmp_path / "fifo")
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(ValueError, match=r"--data-path .*train.tar: cannot be read: Permission denied \(.*train.tar\)"):
+    with pytest.raises(ValueError, match=r".*train.tar: cannot be read: Permission denied \(.*train.tar\)"):
         open_source(tar)
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match=r"--data-path .*train: cannot be read: Permission denied \(.*train\)"):
+    with pytest.raises(ValueError, match=r".*train: cannot be read: Permission denied \(.*train\)"):
         open_source(root)
 
 

@@ -58,6 +58,7 @@ def test_published_commands_are_the_shortest_ones():
         (f"--trained-vae x.pt --cls-token-num {10**22}", r"--cls-token-num: 1000\d+ must lie in"),
         ("--vae-only --max-bad-share 1e308", r"--max-bad-share: 1e308 must lie in \[0.0, 1.0\]"),
         ("--vae-only --posterior fixed-sigma --sigma 1e308", r"--sigma: 1e308 is too large"),
+        ("--vae-only --results-dir ''", r"--results-dir: is followed by nothing"),
         ("--trained-vae x.pt --global-seed 18446744073709551616", r"--seed: 18446744073709551616 must lie in"),
         ("--trained-vae x.pt --epochs 1.5", r"--epochs: 1.5 is no whole number"),
         ("--trained-vae x.pt --min-lr 1 --lr 0.1", r"--min-lr 1.0: must not be above --lr 0.1"),

@@ -112,7 +112,7 @@ def test_no_file_is_overwritten_and_a_folder_must_be_there_before_the_work(here,
 
 def test_bad_data_is_called_as_it_is_here(here, capsys):
     assert run(here, data="nowhere.tar") == (2, None)
-    assert f"error: DATA {here / 'nowhere.tar'}: no such file" in capsys.readouterr().err
+    assert f"error: {here / 'nowhere.tar'}: no such file" in capsys.readouterr().err
 
 
 def test_images_of_another_size_are_refused(here, capsys):

@@ -103,7 +103,7 @@ def with_size(field):
 def test_unusable_tars_are_named(tmp_path, content, says):
     path = tmp_path / "train.tar"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="--data-path") as error:
+    with pytest.raises(ValueError, match=r"train\.tar") as error:
         build_dataset(path, 32, num_classes=1, seed=0)
     assert says in str(error.value)
     assert not stored(path).exists()
@@ -114,7 +114,7 @@ def test_a_tar_cut_anywhere_is_refused(tar):
     end = len(whole.rstrip(b"\0"))
     for length in [1, 511, 512, 513, 700, end // 3, end // 2, end - 1, (end + 511) // 512 * 512]:
         tar.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"--data-path .*(truncated|damaged)"):
+        with pytest.raises(ValueError, match=r"train.tar.*(truncated|damaged)"):
             build_index(tar)
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_header_is_refused(tar):
         damaged = whole.copy()
         damaged[place + offset] ^= 0x41
         tar.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"--data-path .*class n00000001"):
+        with pytest.raises(ValueError, match=r"class n00000001"):
             build_index(tar)
 
 

@@ -70,10 +70,19 @@ def test_the_reference_is_fifty_of_each_digit(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist.tar", "reference.npz"])
-def test_a_file_that_is_there_is_not_replaced(tmp_path, name):
-    (tmp_path / name).write_bytes(b"mine")
-    write_toy(tmp_path, count=10)
-    assert (tmp_path / name).read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
+@pytest.mark.parametrize("content", [b"mine", b""])
+def test_another_file_is_neither_replaced_nor_called_done(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: is there, and has not 10 digits; remove it"):
+        write_toy(tmp_path, count=10)
+    assert (tmp_path / name).read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_number_of_digits_is_not_called_done(tmp_path):
+    write_toy(tmp_path, count=20)
+    assert write_toy(tmp_path, count=20)[0].exists()
+    with pytest.raises(ValueError, match=r"mnist.tar: is there, and has not 40 digits"):
+        write_toy(tmp_path, count=40)
 
 
 def test_the_judge_survives_a_hostile_header(tmp_path):

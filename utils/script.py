@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -39,6 +40,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: object):
         super().__init__(fromfile_prefix_chars="@", **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        for before, word in pairwise(["the first word", *words]):
+            if not word:
+                self.error(f"{before}: is followed by nothing, as by a shell variable that is not set")
+        return super().parse_known_args(words, namespace)
 
     def _read_args_from_files(self, words: list[str]) -> list[str]:
         for word in words:
