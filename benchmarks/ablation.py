@@ -65,7 +65,7 @@ class Suite:
     image_size: int = 32
     num_images: int = 500  # per guidance scale
     num_judged: int = 5000  # real images that the judge of classes is fitted on
-    level: float = 0.9  # of class agreement, at which distances are compared
+    level: float = 0.95  # of class agreement, at which distances are compared
     guidance: tuple[float, ...] = (1, 1.5, 2, 3, 4.5, 6)
     inception_at: tuple[float, ...] = (1.5, 3)  # where evaluator.py scores the first num_inception images
     num_inception: int = 250
@@ -340,7 +340,8 @@ def report(name: str, out: Path) -> None:
             collapse.draw(path, results[variant][0]["probe"], PRESETS["SphereAR-Nano"].radius)
     runs = [run for found in results.values() for run in found]
     commits = ", ".join(sorted({str(run["commit"])[:12] for run in runs}))
-    made_by = f"{len(runs)} runs; {floor['device']}, torch {floor['versions']['torch']}, commit {commits}."
+    devices = ", ".join(sorted({run["device"] for run in runs}))
+    made_by = f"{len(runs)} runs; {devices}, torch {floor['versions']['torch']}, commit {commits}."
     shown = "\n\n".join(f"![{title}](../{path.parent.name}/{path.name})" for title, path in pictures.items())
     text = f"{ablation_report.table(results, floor, level)}\n\n{made_by}\n\n{shown}"
     ablation_report.write_between(DOCUMENT, name, text)

@@ -97,15 +97,14 @@ def draw(path: Path, results: Results, floor: dict, level: float) -> None:
     for name, runs in results.items():
         family = name.partition("-")[0]
         is_first = name == next(other for other in results if other.startswith(f"{family}-"))
-        style = {"color": f"C{families.index(family)}", "linestyle": "-" if is_first else "--", "marker": ".",
-                 "linewidth": 1.2, "elinewidth": 0.7, "label": name}  # fmt: skip
+        drawn = {"linestyle": "-", "marker": "."} if is_first else {"linestyle": "--", "marker": "x", "markersize": 4}
+        style = {"label": name, "color": f"C{families.index(family)}", "linewidth": 1.2, "elinewidth": 0.7, **drawn}
         agreement = 100 * np.array([values(run, "class_agreement") for run in runs])  # (seeds, scales)
         distance = np.array([values(run, "pixel_frechet") for run in runs])
         nats, equal = np.array([(run["nats_per_token"], distance_at_level(run, level)) for run in runs]).T
         frontier.errorbar(distance.mean(0), agreement.mean(0), xerr=bars(distance), yerr=bars(agreement), **style)
         guidance.errorbar(values(runs[0], "cfg_scale"), distance.mean(0), yerr=bars(distance), **style)
         rate.errorbar(nats.mean(), equal.mean(), xerr=bars(nats), yerr=bars(equal), **style)
-        rate.annotate(name, (nats.mean(), equal.mean()), textcoords="offset points", xytext=(4, 4), fontsize=8)
     frontier.axvline(floor["pixel_frechet"], color="grey", linewidth=0.8, label="real images")
     guidance.axhline(floor["pixel_frechet"], color="grey", linewidth=0.8)
     frontier.set(xlabel="pixel-space Fréchet distance", ylabel="class agreement, %")
