@@ -201,7 +201,7 @@ def test_too_many_bad_steps_stop_with_a_checkpoint_from_before(ar, tmp_path, mon
         (["--ema", 1.0], r"--ema: 1.0 must lie in \[0, 1\), or be -1 for none"),
         (["--num-classes", 5], "--num-classes"),
         (["--decay-start", 1, "--warmup-steps", 2], "--decay-start 1: must not be before"),
-        (["--data-path", "nowhere.tar"], "--data-path"),
+        (["--data-path", "nowhere.tar"], "nowhere.tar: no such file or folder"),
         (["--weight-decay", -1], "--weight-decay: -1 must be at least 0"),
         (["--sample-every", -5], "--sample-every: -5"),
         (["--beta1", 2], r"--beta1: 2 must lie in \[0.0, 1.0\)"),
@@ -456,7 +456,7 @@ def test_a_run_in_which_no_update_was_made_is_no_success(ar, tmp_path, monkeypat
 
 
 def test_a_refused_command_leaves_no_folder(ar, tmp_path, capsys):
-    assert_refused(capsys, "--data-path", ar("run", "--data-path", "nowhere.tar"))
+    assert_refused(capsys, "nowhere.tar: no such file", ar("run", "--data-path", "nowhere.tar"))
     assert not (tmp_path / "run").exists()
 
 

@@ -108,7 +108,7 @@ def no_checkpoint_is_readable(folder: Path) -> None:
         (None, ["--results-dir", "/proc/nowhere"], "--results-dir /proc/nowhere: cannot be written"),  # rank 0's alone
         (no_checkpoint_is_readable, [], "none of the 1 checkpoints"),  # rank 0's alone
         (None, ["--beta1", "2"], "--beta1: 2 must lie in"),
-        (None, ["--data-path", "nowhere"], "--data-path nowhere"),
+        (None, ["--data-path", "nowhere"], "nowhere: no such file or folder"),
     ],
 )
 def test_an_error_of_one_process_ends_all_with_one_line(files, tmp_path, prepare, extra, message):
