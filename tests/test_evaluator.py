@@ -280,7 +280,10 @@ def test_a_floor_needs_real_images_and_intervals_need_eight_samples(files, tmp_p
             "--floor .*one.npz: has 1 images; a floor needs 2",
         ),
         ((files / "reference.npz", "--floor", tmp_path / "gone.npz"), "gone.npz: there is no such file"),
-        ((files / "reference.npz", "--floor", ""), "--floor: is followed by nothing"),
+        (
+            (files / "reference.npz", "--floor", ""),
+            "--floor: is followed by nothing, as by a shell variable that is not set",
+        ),
     ):
         assert run(arguments[0], tmp_path / "few.npz", *arguments[1:]) == 2
         assert re.search(message, capfd.readouterr().err.splitlines()[-1])
